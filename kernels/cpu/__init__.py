@@ -1,0 +1,1 @@
+"""C++ building blocks of the CPU kernels."""

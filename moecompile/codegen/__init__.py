@@ -1,0 +1,1 @@
+"""From a spec to source text to a loaded kernel."""

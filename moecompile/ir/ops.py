@@ -1,0 +1,230 @@
+"""The moe.* ops.
+
+    moe::route, moe::experts        what a rewrite puts in the graph; CompositeImplicitAutograd, so AOTAutograd sees through
+      no grad   ->   moe::_route, moe::_experts                     all that an inference graph holds
+      grad      ->   moe::_route for the ids, aten for the weights  (Inductor fuses the latter, forward and backward)
+                     moe::_experts_train, moe::_experts_bwd         by an autograd.Function
+
+The private ops have a kernel and a fake but no autograd kernel: a call pays for one dispatch.  All schemas are functional.
+`spec` is the text of the spec: an op explains itself to a process that never saw the rewrite.  `region` names the original
+nodes, where this process still has them (runtime.dispatch).  What runs is chosen per device: `bind` is how kernels get in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_fake
+
+from moecompile.ir import reference
+from moecompile.ir.spec import experts_from_text, router_from_text
+
+ABI = "1"  # part of every spec text's meaning: raise it when an op's contract changes
+
+library = Library("moe", "DEF")
+_EXPERTS = "Tensor x, Tensor? weights, Tensor ids, Tensor[] params, SymInt[] sizes, str spec, str region"
+_SCHEMAS = {
+    "route": "(Tensor logits, Tensor? bias, str spec) -> (Tensor, Tensor)",
+    "_route": "(Tensor logits, Tensor? bias, str spec) -> (Tensor, Tensor)",
+    "experts": f"({_EXPERTS}) -> Tensor",
+    "_experts": f"({_EXPERTS}) -> Tensor",
+    "_experts_train": f"({_EXPERTS}) -> (Tensor, Tensor)",
+    "_experts_bwd": f"(Tensor grad, {_EXPERTS}, Tensor saved, bool[] needs) -> Tensor[]",
+}
+for _name, _schema in _SCHEMAS.items():
+    library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+class Implementation(Protocol):
+    """What a device brings. Shapes as in the specs; `saved` [R, projections * F] holds the projections before the
+    activation, in an order of the implementation's own."""
+
+    def route(self, logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]: ...
+
+    def experts(
+        self, x: Tensor, weights: Tensor | None, ids: Tensor, params: Sequence[Tensor], sizes: Sequence[int], spec: str, region: str
+    ) -> Tensor: ...
+
+    def experts_train(
+        self, x: Tensor, weights: Tensor | None, ids: Tensor, params: Sequence[Tensor], sizes: Sequence[int], spec: str, region: str
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def experts_bwd(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weights: Tensor | None,
+        ids: Tensor,
+        params: Sequence[Tensor],
+        sizes: Sequence[int],
+        spec: str,
+        region: str,
+        saved: Tensor,
+        needs: Sequence[bool],
+    ) -> list[Tensor]: ...
+
+
+class Reference:
+    """Plain PyTorch on any device and dtype. `saved` is not used: the backward runs the forward again under autograd."""
+
+    def route(self, logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
+        return reference.route(router_from_text(spec), logits, bias)
+
+    def experts(self, x, weights, ids, params, sizes, spec, region):  # type: ignore[no-untyped-def]
+        return reference.experts(experts_from_text(spec), x, weights, ids, params)
+
+    def experts_train(self, x, weights, ids, params, sizes, spec, region):  # type: ignore[no-untyped-def]
+        s = experts_from_text(spec)
+        saved = x.new_zeros(ids.numel(), len(s.projections) * s.intermediate, dtype=s.dtype)
+        return reference.experts(s, x, weights, ids, params), saved
+
+    def experts_bwd(self, grad, x, weights, ids, params, sizes, spec, region, saved, needs):  # type: ignore[no-untyped-def]
+        def forward(x: Tensor, weights: Tensor | None, params: Sequence[Tensor]) -> Tensor:
+            return reference.experts(experts_from_text(spec), x, weights, ids, params)
+
+        return gradients(forward, grad, x, weights, params, needs)
+
+
+def gradients(
+    forward: Callable[[Tensor, Tensor | None, Sequence[Tensor]], Tensor],
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor | None,
+    params: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of forward(x, weights, params) by autograd, as `_experts_bwd` returns them: one tensor for x, weights and
+    each parameter, contiguous, empty where not needed."""
+    given = [x, weights, *params]
+    with torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(given, needs, strict=True)]
+        assert leaves[0] is not None
+        out = forward(leaves[0], leaves[1], [p for p in leaves[2:] if p is not None])
+    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    found: dict[int, Tensor | None] = {}
+    if out.requires_grad:
+        found = {id(t): g for t, g in zip(wanted, torch.autograd.grad(out, wanted, grad, allow_unused=True), strict=True)}
+    result = []
+    for t in leaves:
+        if t is None or not t.requires_grad:
+            result.append(x.new_empty(0))
+        else:
+            g = found.get(id(t))
+            result.append(t.new_zeros(t.shape) if g is None else g.contiguous())
+    return result
+
+
+_BOUND: dict[str, Implementation] = {}
+_REFERENCE = Reference()
+
+
+def bind(device_type: str, implementation: Implementation) -> None:
+    """Run the private ops on this kind of device by `implementation` from now on."""
+    _BOUND[device_type] = implementation
+
+
+def bound(device: torch.device) -> Implementation:
+    return _BOUND.get(device.type, _REFERENCE)
+
+
+# ---------------------------------------------------------------- the private ops: kernel and fake
+
+
+def _route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
+    return bound(logits.device).route(logits, bias, spec)
+
+
+def _experts(x: Tensor, *args: Any) -> Tensor:
+    return bound(x.device).experts(x, *args)
+
+
+def _experts_train(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return bound(x.device).experts_train(x, *args)
+
+
+def _experts_bwd(grad: Tensor, *args: Any) -> list[Tensor]:
+    return bound(grad.device).experts_bwd(grad, *args)
+
+
+# Shapes only, and no branch on a size, which would specialise it.
+
+
+def _fake_route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
+    s = router_from_text(spec)
+    shape = (*logits.shape[:-1], s.top_k)
+    read = {"score": s.score_dtype, "logits": logits.dtype}.get(s.weights_from)
+    if read is None:
+        read = s.score_dtype if bias is None else torch.promote_types(s.score_dtype, bias.dtype)
+    return logits.new_empty(shape, dtype=s.weights_dtype(read)), logits.new_empty(shape, dtype=torch.int64)
+
+
+def _fake_experts(x: Tensor, weights: Tensor | None, ids: Tensor, params: Any, sizes: Any, spec: str, region: str) -> Tensor:
+    s = experts_from_text(spec)
+    return x.new_empty((x.shape[0], s.out_features), dtype=s.out_dtype)
+
+
+def _fake_train(x, weights, ids, params, sizes, spec, region):  # type: ignore[no-untyped-def]
+    s = experts_from_text(spec)
+    saved = x.new_empty((ids.shape[0] * ids.shape[1], len(s.projections) * s.intermediate), dtype=s.dtype)
+    return _fake_experts(x, weights, ids, params, sizes, spec, region), saved
+
+
+def _fake_bwd(grad, x, weights, ids, params, sizes, spec, region, saved, needs):  # type: ignore[no-untyped-def]
+    given = [x, weights, *params]
+    return [t.new_empty(t.shape) if n and t is not None else x.new_empty((0,)) for t, n in zip(given, needs, strict=True)]
+
+
+for _name, _kernel, _fake in (
+    ("_route", _route, _fake_route),
+    ("_experts", _experts, _fake_experts),
+    ("_experts_train", _experts_train, _fake_train),
+    ("_experts_bwd", _experts_bwd, _fake_bwd),
+):
+    library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    register_fake(f"moe::{_name}", _fake, lib=library)
+
+
+# ---------------------------------------------------------------- the public ops
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weights, ids, sizes, spec, region, *params):  # type: ignore[no-untyped-def]
+        out, saved = torch.ops.moe._experts_train.default(x, weights, ids, params, sizes, spec, region)
+        ctx.save_for_backward(x, weights, ids, saved, *params)
+        ctx.given = (sizes, spec, region)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, weights, ids, saved, *params = ctx.saved_tensors
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, *range(6, 6 + len(params)))]
+        found = torch.ops.moe._experts_bwd.default(grad, x, weights, ids, params, *ctx.given, saved, needs)
+        dx, dw, *dp = (g if n else None for g, n in zip(found, needs, strict=True))
+        return dx, dw, None, None, None, None, *dp
+
+
+def experts(
+    x: Tensor, weights: Tensor | None, ids: Tensor, params: Sequence[Tensor], sizes: Sequence[int], spec: str, region: str
+) -> Tensor:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weights, *params)):
+        return _Experts.apply(x, weights, ids, sizes, spec, region, *params)  # type: ignore[no-untyped-call, no-any-return]
+    return torch.ops.moe._experts.default(x, weights, ids, params, sizes, spec, region)  # type: ignore[no-any-return]
+
+
+def route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
+    if not (torch.is_grad_enabled() and (logits.requires_grad or (bias is not None and bias.requires_grad))):
+        return torch.ops.moe._route.default(logits, bias, spec)  # type: ignore[no-any-return]
+    s = router_from_text(spec)
+    ids = torch.ops.moe._route.default(logits.detach(), None if bias is None else bias.detach(), spec)[1]
+    with torch.autocast(logits.device.type, enabled=False):
+        score = reference.scores(s, logits)
+        choice = reference.choices(s, score, bias) if s.weights_from == "choice" else score
+        return reference.chosen_weights(s, logits, score, choice, ids), ids
+
+
+library.impl("route", route, "CompositeImplicitAutograd")
+library.impl("experts", experts, "CompositeImplicitAutograd")

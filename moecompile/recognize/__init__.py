@@ -1,0 +1,1 @@
+"""The abstract interpreter that finds MoE layers in Dynamo graphs."""

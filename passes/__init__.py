@@ -1,0 +1,1 @@
+"""Passes and recognition rules: one file each, found by listing the folder."""
