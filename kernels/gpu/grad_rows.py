@@ -1,0 +1,52 @@
+"""Backward through the up projections: the gradient of each gathered row of x, in expert order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moecompile.kernels.gpu.config import Kernel
+from moecompile.kernels.gpu.permute import Routing
+from torch import Tensor
+
+SOURCE = '''\
+@triton.jit(do_not_specialize=["tiles"])
+def grad_rows(DZ, {{ weights }}TILE_MAP, {% if parts %}X, ORDER, {% endif %}OFFSETS, DROWS, {% if parts %}PARTS, {% endif %}tiles):
+    """DROWS[row] = sum over i of DZ_i[row] W_i[e]\
+{% if parts %};  PARTS[row, column] = sum of DROWS[row] * X[token] over this column{% endif %}. Grid: (tiles * N_TILES,)."""
+{% include "tile" %}
+    n = column * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    acc = tl.zeros((BM, BN), tl.float32)
+{% for w in W %}
+    dz_at = DZ + row64[:, None] * {{ P * F }} + (k + {{ loop.index0 * F }})[None, :]
+    {{ w.name }}_at = {{ w.base() }} + {{ w.at("k[:, None]", "n[None, :]") }}
+    for k0 in range(0, F, BK):
+        dz = {{ load("dz_at + k0", "live[:, None]", F % BK and "(k0 + k < F)[None, :]") }}
+        {{ w.name }} = {{ load(w.name ~ "_at" ~ w.step_n("k0"), \
+H % BN and "(n < H)[None, :]", F % BK and "(k0 + k < F)[:, None]") }}
+        acc = {{ dot("dz", w.name, "acc") }}
+{% endfor %}
+{% if parts %}
+    token = (tl.load(ORDER + row, mask=live, other=0) // K).to(tl.int64)
+    x = {{ load("X + token[:, None] * H + n[None, :]", "live[:, None]", H % BN and "(n < H)[None, :]") }}.to(tl.float32)
+    tl.store(PARTS + row64 * N_TILES + column, tl.sum(acc * x, 1), mask=live)
+{% endif %}
+    {{ store("DROWS + row64[:, None] * H + n[None, :]", "acc.to(DROWS.dtype.element_ty)", \
+"live[:, None]", H % BN and "(n < H)[None, :]") }}
+'''
+
+
+def launch(
+    kernel: Kernel,
+    columns: int,
+    dz: Tensor,
+    params: Sequence[Tensor],
+    x: Tensor,
+    routing: Routing,
+    drows: Tensor,
+    parts: Tensor | None,
+) -> None:
+    """dz [R,P*F] -> drows [R,H], and parts [R, tiles of H] (float32) where given; `columns` = H."""
+    grid = (routing.bound * -(-columns // kernel.config.block_n),)
+    gathered, kept = ([], []) if parts is None else ([x, routing.order], [parts])
+    kernel.run("grad_rows", grid, dz, *params, routing.tiles, *gathered, routing.offsets, drows, *kept, routing.bound)

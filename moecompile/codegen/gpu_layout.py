@@ -1,0 +1,149 @@
+"""Where the weights of a layer really lie, and where their gradients go.
+
+A spec describes parameters as if contiguous.  Here the same index map is put on the strides a parameter has; separate
+parameters become a table of pointers, made once per set of parameters; gradients are laid out contiguously.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from moecompile.codegen import gpu_text
+from moecompile.codegen.gpu_text import Layout, Layouts
+from moecompile.ir.spec import ExpertsSpec, Weight
+
+
+def restride(w: Weight, e_count: int, sizes: tuple[int, int], strides: Sequence[int]) -> tuple[int, int, int, int] | None:
+    """(offset, e, n, k) of `w` on a parameter with these strides, or None where no strides say it."""
+    contiguous = [math.prod(w.shape[i + 1 :]) for i in range(len(w.shape))]
+
+    def moved(stride: int, extent: int) -> int | None:
+        if extent == 1 or stride == 0:
+            return 0
+        for size, dense, real in zip(w.shape, contiguous, strides, strict=True):
+            if size > 1 and stride % dense == 0 and (extent - 1) * (stride // dense) < size:
+                return stride // dense * real
+        return None
+
+    offset, rest = 0, w.offset
+    for dense, real in zip(contiguous, strides, strict=True):
+        offset, rest = offset + rest // dense * real, rest % dense
+    e = moved(w.e, e_count) if w.stacked else 0
+    n, k = moved(w.n, sizes[0]), moved(w.k, sizes[1])
+    return None if e is None or n is None or k is None else (offset, e, n, k)
+
+
+def _sizes(spec: ExpertsSpec, name: str) -> tuple[int, int]:
+    """(N, K) of a weight; K is 1 for a bias."""
+    if name.startswith("d"):
+        return spec.out_features, spec.intermediate if name == "d" else 1
+    return spec.intermediate, spec.hidden if name.startswith("w") else 1
+
+
+def read_layouts(spec: ExpertsSpec, params: Sequence[Tensor]) -> tuple[Layouts, Sequence[Tensor]]:
+    """The layouts of `params`, and the parameters to use: copies of those whose strides cannot be said."""
+    if all(p.dtype == spec.dtype and p.is_contiguous() and p.data_ptr() % 16 == 0 for p in params):
+        return gpu_text.contiguous_layouts(spec), params
+    used, layouts = list(params), {}
+    for name, w in gpu_text.named(spec):
+        ours = [used[i] for i in w.params]
+        if len({(t.dtype, t.stride()) for t in ours}) > 1:
+            raise ValueError(f"the experts' parameters of {name} differ in dtype or strides")
+        first, found = ours[0], None
+        if not first.is_contiguous():
+            found = restride(w, spec.num_experts, _sizes(spec, name), first.stride())
+        if found is None:
+            found = (w.offset, w.e, w.n, w.k)
+            for i in w.params:
+                used[i] = used[i].contiguous()
+        aligned = all(used[i].data_ptr() % 16 == 0 for i in w.params)
+        layouts[name] = Layout(name, w.stacked, *found, dtype=first.dtype, aligned=aligned)
+    return gpu_text.collect(spec, layouts), used
+
+
+@lru_cache(256)
+def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(addresses, dtype=torch.int64, device=device)
+
+
+def pointers(w: Weight, params: Sequence[Tensor]) -> Tensor:
+    """What a kernel takes for a weight: the stacked parameter, or the table of the addresses of separate ones.
+
+    A table is made at the first call with a set of parameters, by a copy that a CUDA graph cannot hold: warm up first.
+    """
+    if w.stacked:
+        return params[w.params[0]]
+    return _table(tuple(params[i].data_ptr() for i in w.params), params[w.params[0]].device)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """outputs: one tensor per parameter, empty where not needed; wanted: for each weight that needs one, by name, the
+    tensor its gradient is written to (a parameter's gradient, or the stack of separate ones)."""
+
+    outputs: list[Tensor]
+    wanted: dict[str, Tensor]
+
+
+def overlap(spec: ExpertsSpec) -> str | None:
+    """Why gradients of these weights would be written over each other, or None."""
+    taken: dict[int, list[tuple[str, frozenset[int]]]] = {}
+    for name, w in gpu_text.named(spec):
+        for p in set(w.params):
+            taken.setdefault(p, []).append((name, _first_elements(spec, name, w)))
+    for uses in taken.values():
+        for i, (name, mine) in enumerate(uses):
+            for other, theirs in uses[:i]:
+                if mine & theirs:
+                    return (
+                        f"the weights {other} and {name} share elements of one parameter, so their gradients cannot be kept apart"
+                    )
+    tuples = {w.params for _, w in gpu_text.named(spec)}
+    if sum(map(len, tuples)) > len({p for t in tuples for p in t}) + sum(len(t) - len(set(t)) for t in tuples):
+        return "weights name the same parameters in different orders, so their gradients cannot be kept apart"
+    for name, w in gpu_text.named(spec):
+        if len(set(w.params)) != len(w.params):
+            return f"two experts share the parameter of {name}, so their gradients cannot be kept apart"
+    return None
+
+
+def _first_elements(spec: ExpertsSpec, name: str, w: Weight) -> frozenset[int]:
+    """Offsets of a sample of the first expert's elements: its first row and first column."""
+    n, k = _sizes(spec, name)
+    return frozenset([*(w.offset + i * w.n for i in range(n)), *(w.offset + i * w.k for i in range(k))])
+
+
+def gradients(spec: ExpertsSpec, params: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
+    """Room for the gradients of the parameters that need one; zeroed where the weights do not cover a parameter."""
+    used = {p for _, w in gpu_text.named(spec) for p in w.params}
+    outputs = [t.new_zeros(t.shape if n and i not in used else 0) for i, (t, n) in enumerate(zip(params, needs, strict=True))]
+    wanted: dict[str, Tensor] = {}
+    covered: dict[int, int] = {}
+    for name, w in gpu_text.named(spec):
+        for p in w.params:
+            covered[p] = covered.get(p, 0) + math.prod(_sizes(spec, name)) * (spec.num_experts if w.stacked else 1)
+    stacks: dict[tuple[int, ...], Tensor] = {}
+    for name, w in gpu_text.named(spec):
+        if not any(needs[p] for p in w.params):
+            continue
+        if w.params not in stacks:
+            shape = params[w.params[0]].shape
+            full = covered[w.params[0]] == math.prod(shape)
+            make = torch.empty if full else torch.zeros
+            first = params[w.params[0]]
+            stack = make((len(w.params), *shape), dtype=first.dtype, device=first.device)
+            stacks[w.params] = stack
+            for i, p in enumerate(w.params):
+                if needs[p]:
+                    outputs[p] = stack[i]
+        wanted[name] = stacks[w.params]
+    return Gradients(outputs, wanted)

@@ -1,0 +1,408 @@
+"""From a layer's spec, the layout of its weights and a config to the source text of one Triton module.
+
+A template of kernels.gpu is filled with sizes, strides, masks where a size does not divide, and the activation or its
+derivatives as lines of float32 arithmetic.  What a layer does not need is not in its text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+import torch
+
+from moecompile.ir import expr
+from moecompile.ir.expr import Expr
+from moecompile.ir.spec import ExpertsSpec, OutOfRange, RouterSpec, Weight, WeightOn
+from moecompile.kernels.gpu import combine, decode, down, grad_params, grad_rows, grad_weights, grad_z, permute, router, tile, up
+from moecompile.kernels.gpu.config import Config
+
+TEMPLATES = {
+    "tile": tile.SOURCE,
+    "permute": permute.SOURCE,
+    "up": up.SOURCE,
+    "down": down.SOURCE,
+    "combine": combine.SOURCE,
+    "decode_up": decode.UP,
+    "decode_down": decode.DOWN,
+    "grad_z": grad_z.SOURCE,
+    "grad_rows": grad_rows.SOURCE,
+    "grad_weights": grad_weights.SOURCE,
+    "grad_matrix": grad_params.MATRIX,
+    "grad_vector": grad_params.VECTOR,
+    "router": router.SOURCE,
+}
+FAMILIES = tuple(name for name in TEMPLATES if name != "tile")
+TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
+
+
+# ---------------------------------------------------------------- weights
+
+
+def _term(index: str, stride: int) -> str:
+    return index if stride == 1 else f"{index} * {stride}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where element (e, n, k) of one weight lies: `offset + e*e_ + n*n_ + k*k_` elements from the pointer `arg`, or, where
+    the experts are separate parameters, from the pointer found at arg[e].  `aligned`: those pointers divide by 16."""
+
+    name: str
+    stacked: bool
+    offset: int
+    e: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    aligned: bool = True
+
+    @property
+    def arg(self) -> str:
+        return self.name.upper()
+
+    @property
+    def index(self) -> int:
+        """Which projection this weight or bias belongs to."""
+        return int(self.name[1:])
+
+    def offset_of(self, e: str) -> str:
+        parts = [*([_term(e, self.e)] if self.e else []), *([str(self.offset)] if self.offset else [])]
+        return f"({' + '.join(parts)})" if len(parts) > 1 else parts[0] if parts else "0"
+
+    def base(self, e: str = "e64", mask: str = "") -> str:
+        """The pointer to element (e, 0, 0)."""
+        if self.stacked:
+            return f"{self.arg} + {self.offset_of(e)}"
+        address = f"tl.load({self.arg} + {e}{f', mask={mask}, other=0' if mask else ''})"
+        if self.aligned and not mask:
+            address = f"tl.multiple_of({address}, 16)"
+        pointer = f"{address}.to(tl.pointer_type({TYPES[self.dtype]}))"
+        return f"{pointer} + {self.offset}" if self.offset else pointer
+
+    def at(self, n: str, k: str = "") -> str:
+        return " + ".join([_term(n, self.n), *([_term(k, self.k)] if k else [])])
+
+    def step(self, k0: str) -> str:
+        return " + " + _term(k0, self.k)
+
+    def step_n(self, n0: str) -> str:
+        return " + " + _term(n0, self.n)
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """The layout of every weight of a layer, by part."""
+
+    projections: tuple[Layout, ...]
+    projection_bias: tuple[Layout | None, ...]
+    down: Layout
+    down_bias: Layout | None
+
+
+def named(spec: ExpertsSpec) -> list[tuple[str, Weight]]:
+    """Every weight with its name in the text, in the order of spec.weights()."""
+    found: list[tuple[str, Weight | None]] = [(f"w{i}", w) for i, w in enumerate(spec.projections)]
+    found += [(f"b{i}", b) for i, b in enumerate(spec.projection_bias)]
+    found += [("d", spec.down), ("db", spec.down_bias)]
+    return [(name, w) for name, w in found if w is not None]
+
+
+def collect(spec: ExpertsSpec, layouts: dict[str, Layout]) -> Layouts:
+    count = len(spec.projections)
+    return Layouts(
+        tuple(layouts[f"w{i}"] for i in range(count)),
+        tuple(layouts.get(f"b{i}") for i in range(count)),
+        layouts["d"],
+        layouts.get("db"),
+    )
+
+
+@lru_cache(1024)
+def contiguous_layouts(spec: ExpertsSpec) -> Layouts:
+    """Every parameter contiguous, aligned and of the spec's dtype."""
+    return collect(spec, {n: Layout(n, w.stacked, w.offset, w.e, w.n, w.k, spec.dtype) for n, w in named(spec)})
+
+
+# ---------------------------------------------------------------- expressions
+
+
+def number(value: float) -> str:
+    """A number as Triton reads it."""
+    return f'float("{value}")' if math.isinf(value) or math.isnan(value) else repr(float(value))
+
+
+def _folded(e: Expr) -> Expr:
+    """Operations on numbers alone carried out: tl functions want a block."""
+    if e[0] in ("in", "const"):
+        return e
+    args = tuple(_folded(a) for a in e[1:])
+    if all(a[0] == "const" for a in args):
+        return expr.const(float(expr.OPS[e[0]].torch(*(a[1] for a in args))))
+    return (e[0], *args)
+
+
+def splice(results: Sequence[tuple[str, Expr]], indent: str = "    ") -> str:
+    """Lines that assign each (name, expression of h0, h1, ..); subexpressions used more than once, or long, get a name."""
+    wanted = [(name, _folded(e)) for name, e in results]
+    uses: dict[Expr, int] = {}
+
+    def count(e: Expr) -> None:
+        uses[e] = uses.get(e, 0) + 1
+        if uses[e] == 1:
+            for a in e[1:] if e[0] not in ("in", "const") else ():
+                count(a)
+
+    for _, e in wanted:
+        count(e)
+    lines: list[str] = []
+    known: dict[Expr, str] = {}
+
+    def spell(e: Expr, top: bool = False) -> str:
+        if e in known:
+            return known[e]
+        if e[0] == "in":
+            return f"h{e[1]}"
+        if e[0] == "const":
+            return f"({number(e[1])})" if e[1] < 0 else number(e[1])
+        text = expr.OPS[e[0]].triton.format(*(spell(a) for a in e[1:]))
+        if not top and (uses[e] > 1 or len(text) > 60):
+            known[e] = f"t{len(known)}"
+            lines.append(f"{indent}{known[e]} = {_bare(text)}")
+            return known[e]
+        return text
+
+    for name, e in wanted:
+        text = spell(e, top=uses[e] == 1)
+        lines.append(f"{indent}{name} = {_bare(text)}")
+    return "\n".join(lines)
+
+
+def _bare(text: str) -> str:
+    """Without the parentheses that enclose all of it."""
+    depth = 0
+    for i, c in enumerate(text):
+        depth += (c == "(") - (c == ")")
+        if depth == 0 and i < len(text) - 1:
+            return text
+    return text[1:-1] if text.startswith("(") else text
+
+
+# ---------------------------------------------------------------- rendering
+
+
+def next_power(value: int) -> int:
+    """The least power of two that is at least `value`, for value >= 1."""
+    return 1 << (value - 1).bit_length()
+
+
+def _load(pointer: str, *conditions: Any) -> str:
+    mask = " & ".join(c for c in conditions if c)
+    return f"tl.load({pointer}, mask={mask}, other=0.0)" if mask else f"tl.load({pointer})"
+
+
+def _store(pointer: str, value: str, *conditions: Any) -> str:
+    mask = " & ".join(c for c in conditions if c)
+    return f"tl.store({pointer}, {value}, mask={mask})" if mask else f"tl.store({pointer}, {value})"
+
+
+def _rounded(value: str, dtype: torch.dtype) -> str:
+    """A float32 value rounded to what `dtype` can hold."""
+    if dtype == torch.float32:
+        return value
+    return f"({value}).to({TYPES[dtype]}).to(tl.float32)"
+
+
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.DictLoader(TEMPLATES),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+_ENVIRONMENT.globals.update(load=_load, store=_store, rounded=_rounded, number=number)
+
+
+def _module(family: str, title: str, config: Config, constants: dict[str, int | str], context: dict[str, Any]) -> str:
+    """The text: header, the constants that occur, the kernels. The key covers all of it."""
+    body = _ENVIRONMENT.get_template(family).render(**constants, **context)
+    used = [f"{name} = tl.constexpr({value})" for name, value in constants.items() if re.search(rf"\b{name}\b", body)]
+    code = "\n".join(["import triton", "import triton.language as tl", "", *used, "", "", body.strip("\n"), ""])
+    key = hashlib.sha256((title + code).encode()).hexdigest()[:16]
+    numbers = f"blocks {config.block_m} x {config.block_n} x {config.block_k}, {config.warps} warps, {config.stages} stages"
+    return f"# moe {family}: {title}\n# {numbers}, key {key}\n{code}"
+
+
+def _title(spec: ExpertsSpec) -> str:
+    name = str(spec.dtype).removeprefix("torch.")
+    sizes = f"E={spec.num_experts} K={spec.top_k} H={spec.hidden} F={spec.intermediate} O={spec.out_features}"
+    return f"{sizes} {name}, {expr.text(spec.activation)}, weight on {spec.weight_on.value}"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a text is meant to run. `interpret`: tl.dot of 16-bit operands is widened, which the interpreter needs.
+    `precision`: of float32 products, "ieee" or "tf32"."""
+
+    interpret: bool = False
+    precision: str = "ieee"
+
+    def dot(self, dtype: torch.dtype, a: str, b: str, acc: str) -> str:
+        if dtype == torch.float32:
+            return f'tl.dot({a}, {b}, {acc}, input_precision="{self.precision}")'
+        if self.interpret:
+            return f"tl.dot({a}.to(tl.float32), {b}.to(tl.float32), {acc})"
+        return f"tl.dot({a}, {b}, {acc})"
+
+
+def _args(layouts: Sequence[Layout | None]) -> str:
+    return "".join(f"{w.arg}, " for w in layouts if w is not None)
+
+
+@lru_cache(4096)
+def experts_text(
+    spec: ExpertsSpec, layouts: Layouts, family: str, config: Config, style: Style, options: tuple[Any, ...] = ()
+) -> str:
+    """The module of `family` for a layer. `options`: what this use of the family needs, as (name, value) pairs:
+
+    up            train                 the pre-activations are kept
+    combine       width, scaled         columns of the rows; whether SCALE multiplies them
+    grad_z        need_y, parts         the activated rows are kept; the routing weights get a gradient
+    grad_rows     parts                 the routing weights get a gradient
+    grad_weights  num_parts             columns of PARTS
+    grad_matrix   which                 "w0", "w1", .. or "d"
+    grad_vector   which                 "b0", "b1", .. or "db"
+    """
+    given = dict(options)
+    H, F, O, P = spec.hidden, spec.intermediate, spec.out_features, len(spec.projections)
+    constants: dict[str, int | str] = {"E": spec.num_experts, "K": spec.top_k, "H": H, "F": F, "O": O}
+    constants |= {"BM": config.block_m, "BN": config.block_n, "BK": config.block_k, "GROUP": config.group}
+    columns = {"up": F, "grad_z": F, "down": O, "grad_rows": H}.get(family)
+    if columns is not None:
+        constants["N_TILES"] = -(-columns // config.block_n)
+    on_input, on_output = spec.weight_on is WeightOn.INPUT, spec.weight_on is WeightOn.OUTPUT
+    context: dict[str, Any] = {
+        "P": P,
+        "W": layouts.projections,
+        "B": layouts.projection_bias,
+        "D": layouts.down,
+        "DB": layouts.down_bias,
+        "on_input": on_input,
+        "on_output": on_output,
+        "wraps": spec.out_of_range is OutOfRange.INDEX,
+        "dtype": TYPES[spec.dtype],
+        "dot": lambda a, b, acc: style.dot(spec.dtype, a, b, acc),
+    }
+    if family in ("up", "decode_up"):
+        context |= {
+            "weights": _args([*layouts.projections, *layouts.projection_bias]),
+            "activation": splice([("y", spec.activation)]),
+        }
+    elif family in ("down", "decode_down"):
+        context["weights"] = _args([layouts.down, layouts.down_bias])
+    elif family == "grad_z":
+        derivatives = [(f"dh{i}", expr.derivative(spec.activation, i)) for i in range(P)]
+        needs_y = [("y", spec.activation)] if given["need_y"] or given["parts"] else []
+        context |= {"weights": _args([layouts.down]), "activation": splice([*needs_y, *derivatives])}
+    elif family == "grad_rows":
+        context["weights"] = _args(layouts.projections)
+    elif family == "combine":
+        constants["N"] = given["width"]
+    elif family == "grad_weights":
+        bias = layouts.down_bias is not None and on_output
+        context |= {"bias": bias, "weights": _args([layouts.down_bias]), "parts_block": next_power(given["num_parts"])}
+    elif family in ("grad_matrix", "grad_vector"):
+        context |= _grad_context(spec, given["which"])
+        constants |= {"N": context["n"], "M": context["k"], "M_TILES": -(-context["k"] // config.block_k)}
+    if family.startswith("decode"):
+        context["expert"] = _ENVIRONMENT.from_string(decode.EXPERT).render(wraps=context["wraps"]).rstrip("\n")
+    return _module(family, _title(spec), config, constants, context | given)
+
+
+def _grad_context(spec: ExpertsSpec, which: str) -> dict[str, Any]:
+    """What the gradient of weight or bias `which` sums, and where it goes: always laid out as a contiguous parameter.
+    Separate parameters get their gradients as slices of one stack."""
+    weight = dict(named(spec))[which]
+    H, F, O, P = spec.hidden, spec.intermediate, spec.out_features, len(spec.projections)
+    stride = weight.e if weight.stacked else math.prod(weight.shape)
+    out = Layout(which, True, weight.offset, stride, weight.n, weight.k, spec.dtype)
+    of_down = which.startswith("d")
+    index = 0 if of_down else int(which[1:])
+    matrix = which == "d" or which.startswith("w")
+    scaled = spec.weight_on is (WeightOn.INPUT if matrix else WeightOn.OUTPUT) and (of_down != matrix)
+    return {
+        "n": O if of_down else F,
+        "k": F if of_down else H,
+        "lda": O if of_down else P * F,
+        "a_offset": 0 if of_down else index * F,
+        "gathers_a": of_down,
+        "scaled": scaled,
+        "out": out,
+    }
+
+
+@lru_cache(1024)
+def permute_text(spec: ExpertsSpec, config: Config, block_m: int) -> str:
+    """Permutation kernels for tiles of `block_m` rows; config.block_m pairs a program."""
+    wraps = spec.out_of_range is OutOfRange.INDEX
+    constants: dict[str, int | str] = {
+        "E": spec.num_experts,
+        "BINS": next_power(spec.num_experts + 1),
+        "BM": block_m,
+        "BLOCK": config.block_m,
+        "TILE_BLOCK": 16,
+    }
+    clean = _ENVIRONMENT.from_string(permute.CLEAN).render(wraps=wraps).rstrip("\n")
+    context = {
+        "clean": clean,
+        "clean_other": clean.replace("pair_e", "pair_e_other"),
+        "schedule": permute.SCHEDULE,
+        "skipped": -2 if wraps else -1,
+    }
+    return _module("permute", f"E={spec.num_experts}, ids out of range: {spec.out_of_range.value}", config, constants, context)
+
+
+@lru_cache(1024)
+def router_text(spec: RouterSpec, config: Config, logits: torch.dtype, bias: torch.dtype | None) -> str:
+    """The router for logits and bias of these dtypes."""
+    E, groups = spec.num_experts, spec.groups
+    count = 1 if groups is None else groups.count
+    group_rows, group_lanes = next_power(count), next_power(E // count)
+    choice_dtype = spec.score_dtype if bias is None else torch.promote_types(spec.score_dtype, bias)
+    current = {"score": spec.score_dtype, "choice": choice_dtype, "logits": logits}[spec.weights_from]
+    post: list[dict[str, Any]] = []
+    for step in spec.post:
+        if step[0] == "cast":
+            current = step[1]
+        values = dict(zip({"scale": ("factor",), "normalise": ("eps", "least")}.get(step[0], ()), step[1:], strict=False))
+        post.append({"name": step[0], "dtype": current, **values})
+    constants: dict[str, int | str] = {
+        "E": E,
+        "K": spec.top_k,
+        "BM": config.block_m,
+        "LANES": group_rows * group_lanes,
+        "SLOTS": next_power(spec.top_k),
+        "LEAST": "-(2**63)",
+    }
+    context = {
+        "bias": bias is not None,
+        "groups": groups,
+        "group_rows": group_rows,
+        "group_lanes": group_lanes,
+        "group_size": E // count,
+        "score": spec.score,
+        "score_dtype": spec.score_dtype,
+        "choice_dtype": choice_dtype,
+        "source": spec.weights_from,
+        "post": post,
+    }
+    kind = f"groups {groups.top_k} of {groups.count} by {groups.score}, " if groups else ""
+    return _module(
+        "router", f"E={E} K={spec.top_k} {spec.score}, {kind}weights from {spec.weights_from}", config, constants, context
+    )
