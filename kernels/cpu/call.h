@@ -1,0 +1,120 @@
+// What a call of an expert kernel is given, and the sorting of its pairs.  Every member is 64 bits wide: the caller fills an
+// array of integers in this order.
+#pragma once
+#include <cstdlib>
+
+#include "vector.h"
+
+enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum WeightOn : int64_t { NOWHERE = 0, OUTPUT = 1, INPUT = 2 };
+enum Status : int { DONE = 0, BAD_ID = 1, NO_MEMORY = 2 };
+
+// One parameter view [E, N, K], or [E, N] with k = 0.  Expert e starts `start` elements into table[e] or e * e_ elements
+// further into base.  base and table 0: absent.
+struct View {
+  char* base;
+  char* const* table;
+  int64_t e, n, k, start, dtype;
+
+  explicit operator bool() const { return base || table; }
+  template <class E>
+  E* expert(int64_t i) const {
+    return (table ? (E*)table[i] : (E*)base + i * e) + start;
+  }
+  float element(int64_t i, int64_t at) const {
+    if (dtype == FLOAT32) return expert<float>(i)[at * n];
+    return dtype == BFLOAT16 ? to_float(expert<bf16>(i)[at * n]) : to_float(expert<fp16>(i)[at * n]);
+  }
+  void set_element(int64_t i, int64_t at, float x) const {
+    if (dtype == FLOAT32) expert<float>(i)[at * n] = x;
+    else if (dtype == BFLOAT16) expert<bf16>(i)[at * n] = from_float<bf16>(x);
+    else expert<fp16>(i)[at * n] = from_float<fp16>(x);
+  }
+};
+
+// Letters as in the spec.  merged: the projections are the columns n % P of one matrix whose n is contiguous.
+template <int P>
+struct Call {
+  int64_t T, K, H, F, O, E, threads, weight_on, index_ids, merged;
+  const char* x;         // [T,H] of the spec's dtype
+  int64_t x_stride;
+  const char* ids;       // [T,K] int64, or int32
+  int64_t ids_wide;
+  const char* weights;   // [T,K] or null
+  int64_t weights_dtype;
+  char* out;             // forward: [T,O] of out_dtype
+  int64_t out_dtype;
+  char* saved;           // [R, P * F] or null: projections in the order of the sorted pairs
+  View projection[P], projection_bias[P], down, down_bias;
+  // backward only; outputs are null where not needed
+  const char* grad;      // [T,O] of the spec's dtype
+  char* dx;              // [T,H] of the spec's dtype
+  float* dweights;       // [T,K]
+  View d_projection[P], d_projection_bias[P], d_down, d_down_bias;
+
+  float weight(int64_t pair) const {
+    if (weights_dtype == FLOAT32) return ((const float*)weights)[pair];
+    return weights_dtype == BFLOAT16 ? to_float(((const bf16*)weights)[pair]) : to_float(((const fp16*)weights)[pair]);
+  }
+  int64_t id(int64_t pair) const {
+    const int64_t i = ids_wide ? ((const int64_t*)ids)[pair] : ((const int32_t*)ids)[pair];
+    return i < 0 && index_ids ? i + E : i;
+  }
+};
+
+// Memory of one call, in pieces aligned to cache lines; freed with the object.
+class Arena {
+ public:
+  Arena() = default;
+  Arena(const Arena&) = delete;
+  ~Arena() { std::free(memory); }
+  // First pass: sizes only.  allocate(), then the same requests again give addresses.
+  template <class T>
+  T* take(int64_t count) {
+    char* at = memory ? memory + used : nullptr;
+    used += (count * (int64_t)sizeof(T) + 127) / 64 * 64;
+    return (T*)at;
+  }
+  bool allocate() {
+    memory = (char*)std::aligned_alloc(64, used + 64);
+    used = 0;
+    return memory != nullptr;
+  }
+
+ private:
+  char* memory = nullptr;
+  int64_t used = 0;
+};
+
+// Pairs in the order of their experts; within an expert in token order.
+struct Sorted {
+  int64_t* offset;  // [E + 1]: pairs of expert e are at offset[e] .. offset[e + 1]
+  int64_t* pair;    // [R]: t * K + k
+  int64_t* hit;     // the experts with pairs, ascending
+  int64_t hits;
+
+  void take(Arena& arena, int64_t E, int64_t R) {
+    offset = arena.take<int64_t>(E + 2);
+    pair = arena.take<int64_t>(R);
+    hit = arena.take<int64_t>(E);
+  }
+  template <int P>
+  Status sort(const Call<P>& call) {
+    const int64_t R = call.T * call.K, E = call.E;
+    std::memset(offset, 0, (E + 2) * sizeof(int64_t));
+    for (int64_t r = 0; r < R; r++) {
+      const int64_t e = call.id(r);
+      if (e >= 0 && e < E) offset[e + 2]++;
+      else if (call.index_ids) return BAD_ID;
+    }
+    for (int64_t e = 0; e < E; e++) offset[e + 2] += offset[e + 1];
+    for (int64_t r = 0; r < R; r++) {
+      const int64_t e = call.id(r);
+      if (e >= 0 && e < E) pair[offset[e + 1]++] = r;
+    }
+    hits = 0;
+    for (int64_t e = 0; e < E; e++)
+      if (offset[e + 1] > offset[e]) hit[hits++] = e;
+    return DONE;
+  }
+};
