@@ -1,0 +1,1 @@
+"""Numbers: every form, kernel and whole model against eager and float64."""
