@@ -77,7 +77,7 @@ def choices(spec: RouterSpec, score: Tensor, bias: Tensor | None) -> Tensor:
     if spec.groups is None:
         return choice
     g = spec.groups
-    grouped = choice.view(*choice.shape[:-1], g.count, -1)
+    grouped = choice.unflatten(-1, (g.count, spec.num_experts // g.count))
     best = grouped.amax(-1) if g.score == "max" else grouped.topk(2, -1).values.sum(-1)
     keep = torch.zeros_like(best, dtype=torch.bool).scatter(-1, best.topk(g.top_k, -1, sorted=False).indices, True)
     return torch.where(keep[..., None], grouped, torch.full_like(grouped, g.fill)).reshape(choice.shape)
