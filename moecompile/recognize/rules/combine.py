@@ -1,0 +1,183 @@
+"""Adding the weighted rows of a token's experts up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from moecompile.recognize import dims as D
+from moecompile.recognize.roles import (
+    DENSE_SPACE,
+    TOKEN_SPACE,
+    Counts,
+    Full,
+    OneHot,
+    Pairs,
+    PairToken,
+    Role,
+    Sum,
+    SumRows,
+    Term,
+)
+from moecompile.recognize.rules import router
+from moecompile.recognize.rules.pointwise import weights_of
+from moecompile.recognize.walk import RoleMode, aten, rule
+
+
+@rule(aten.sum)
+def _sum(c: RoleMode, out: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Role | None:
+    role = c.get(x)
+    if isinstance(role, OneHot) and dim is not None:
+        at = [d % x.dim() for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
+        rest = D.without(role.dims, at, keepdim)
+        if D.names(rest) <= {"e"} and not any("e" in D.names(role.dims[i : i + 1]) for i in at) and len(rest) == 1:
+            return Counts(rest, role.routing, D.sizes(rest)[0])
+        return None
+    if not isinstance(role, Pairs):
+        return router.summed(c, out, x, dim, keepdim)
+    if dim is None or keepdim:
+        return None
+    at = [d % x.dim() for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
+    rest = D.without(role.dims, at, False)
+    return complete(role, rest, [a for i in at for a in role.dims[i]])
+
+
+def complete(role: Pairs, rest: D.Dims, gone: list[D.Axis]) -> Sum | None:
+    """The sum over slots (or over all experts, where every expert saw every token)."""
+    if role.space == TOKEN_SPACE:
+        k = role.top_k or role.routing.top_k
+        wanted = [] if k == 1 else [("k", k)]
+    elif role.space == DENSE_SPACE:
+        k = role.routing.top_k
+        wanted = [a for a in D.axes(role.dims) if a[0] == "e"]
+    else:
+        return None
+    if not k or gone != wanted or D.names(rest) > {"t", "c"} or len(rest) != 2 or D.names(rest[:1]) > {"t"}:
+        return None
+    return Sum(rest, role.routing, (Term(-1, role.expr, role.space, k),))
+
+
+def weighted_sum(c: RoleMode, out: Tensor, a: Tensor, b: Tensor) -> Role | None:
+    """bmm of weights [T,1,K] and rows [T,K,H], or of rows [T,H,K] and weights [T,K,1]."""
+    for rows, other, slots, unit in ((b, a, 1, 1), (a, b, 2, 2)):
+        role, found = c.get(rows), weights_of(c, other)
+        if not isinstance(role, Pairs) or found is None or role.space != TOKEN_SPACE or found[0].dense:
+            continue
+        weights, dims = found
+        k = role.top_k or role.routing.top_k
+        t = rows.shape[0]
+        shape = (t, 1, k) if unit == 1 else (t, k, 1)
+        names = [D.names(d_) for d_ in (role.dims[:1], role.dims[slots : slots + 1])]
+        if tuple(other.shape) != shape or not (names[0] <= {"t"} and names[1] <= {"k"}) or rows.shape[slots] != k:
+            continue
+        if weights.routing is None:
+            if dims not in (_numbered(other.shape, 0, 2 if unit == 1 else 1), _numbered(other.shape, 0, 1)):
+                continue
+        elif weights.routing is not role.routing or dims != tuple(D.dim(("t", s) if i == 0 else ("k", s)) for i, s in enumerate(shape)):
+            continue
+        feature = role.dims[3 - slots]
+        if D.names((feature,)) > {"c"}:
+            continue
+        rest = (role.dims[0], (), feature) if unit == 1 else (role.dims[0], feature, ())
+        return Sum(rest, role.routing, (Term(-1, ("mul", role.expr, ("weight", weights)), TOKEN_SPACE, k),))
+    return None
+
+
+def _numbered(shape: Any, *names: int) -> D.Dims:
+    """The dimensions of an unknown live-in whose non-unit dimensions are numbered so."""
+    left = list(names)
+    out = []
+    for s in shape:
+        out.append(() if s == 1 else D.dim((str(left.pop(0) if left else -1), s)))
+    return tuple(out)
+
+
+# ---------------------------------------------------------------- one expert after the other
+
+
+def _with_term(base: Role | None, at: PairToken, rows: Pairs, x: Tensor) -> Sum | None:
+    """The running sum with another term in it."""
+    if rows.routing is not at.routing or rows.space != at.space or len(rows.dims) != 2 or D.names(rows.dims[1:]) > {"c"}:
+        return None
+    if D.names(rows.dims[:1]) > {"p", "s"} or D.sizes(rows.dims)[1] != x.shape[1]:
+        return None
+    term = Term(at.space.expert, rows.expr, at.space, at.top_k or at.routing.top_k)
+    if isinstance(base, Full) and base.value == 0 and len(base.dims) == 2:
+        dims = (D.dim(("t", x.shape[0])), D.dim(("c", x.shape[1])))
+        return Sum(dims, at.routing, (term,))
+    if isinstance(base, Sum) and base.routing is at.routing and term.expert >= 0:
+        seen = {t.expert for t in base.terms}
+        if -1 not in seen and term.expert not in seen and base.cast is None:
+            return Sum(base.dims, at.routing, (*base.terms, term))
+    return None
+
+
+@rule(aten.index_add, aten.index_add_)
+def _index_add(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: Any = 1) -> Role | None:
+    base, at, rows = c.get(x), c.get(index), c.get(source)
+    if dim % x.dim() != 0 or alpha != 1 or x.dim() != 2 or not isinstance(at, PairToken) or not isinstance(rows, Pairs):
+        return None
+    return _with_term(base, at, rows, x) if len(at.dims) == 1 else None
+
+
+def scattered(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, source: Tensor) -> Role | None:
+    """scatter_add(0, token[:, None].expand(-1, H), rows)."""
+    base, at, rows = c.get(x), c.get(index), c.get(source)
+    if not isinstance(at, PairToken) or not isinstance(rows, Pairs) or dim % x.dim() != 0 or x.dim() != 2:
+        return None
+    wide = len(at.dims) == 2 and D.names(at.dims[:1]) <= {"p", "s"} and D.names(at.dims[1:]) <= {"b"}
+    return _with_term(base, at, rows, x) if wide and tuple(index.shape) == tuple(source.shape) else None
+
+
+def put(c: RoleMode, out: Tensor, x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool) -> Role | None:
+    """out[token] = out[token] + rows, or index_put(.., accumulate=True)."""
+    if len(indices) != 1 or x.dim() != 2:
+        return None
+    at, new, base = c.get(indices[0]), c.get(values), c.get(x)
+    if isinstance(indices[0], Tensor) and type(at).__name__ == "Mask":
+        from moecompile.recognize.rules.order import subset_space
+
+        if len(at.dims) != 1:  # type: ignore[union-attr]
+            return None
+        at = PairToken(((),), at.routing, subset_space(at), at.routing.top_k)  # type: ignore[union-attr, arg-type]
+    if not isinstance(at, PairToken) or len(at.dims) != 1:
+        return None
+    if accumulate:
+        return _with_term(base, at, new, x) if isinstance(new, Pairs) else None
+    if not isinstance(new, SumRows) or new.added is None or new.space != at.space or new.routing is not at.routing:
+        return None
+    if new.storage != c.key(x) or new.version != c.version[c.key(x)]:
+        return None
+    distinct = at.routing.choice is not None or "k" not in at.space.how or at.routing.top_k == 1
+    if not distinct or at.space.kind != "subset":  # with an expert twice in a token's slots one of the two would be lost
+        return None
+    dims = (D.dim(("t", x.shape[0])), D.dim(("c", x.shape[1])))
+    if isinstance(base, Full) and base.value == 0:
+        return Sum(dims, at.routing, (new.added,))
+    if isinstance(base, Sum) and base.routing is at.routing and new.added.expert not in {t.expert for t in base.terms} | {-1}:
+        return Sum(dims, at.routing, (*base.terms, new.added))
+    return None
+
+
+def rows_of_sum(c: RoleMode, x: Tensor, role: Full | Sum, at: PairToken) -> Role | None:
+    """out[token]: about to have an expert's rows added."""
+    if isinstance(role, Full) and role.value != 0:
+        return None
+    if isinstance(role, Sum) and role.routing is not at.routing:
+        return None
+    if x.dim() != 2:
+        return None
+    dims = (at.dims[0], D.dim(("c", x.shape[1])))
+    return SumRows(dims, role, c.key(x), c.version[c.key(x)], at.routing, at.space)
+
+
+def accumulated(c: RoleMode, out: Tensor, x: Any, y: Any) -> Role | None:
+    """out[token] + rows."""
+    for one, other in ((x, y), (y, x)):
+        total, rows = c.get(one), c.get(other)
+        if isinstance(total, SumRows) and total.added is None and isinstance(rows, Pairs):
+            if rows.routing is total.routing and rows.space == total.space and D.sizes(rows.dims) == D.sizes(total.dims):
+                term = Term(total.space.expert, rows.expr, total.space, rows.top_k)
+                return SumRows(total.dims, total.total, total.storage, total.version, total.routing, total.space, term)
+    return None

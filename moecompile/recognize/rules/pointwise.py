@@ -1,0 +1,289 @@
+"""Elementwise ops: arithmetic on the rows of pairs becomes an expression; on scores it is the router's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from moecompile.ir import expr as X
+from moecompile.recognize import dims as D
+from moecompile.recognize.roles import (
+    DENSE_SPACE,
+    TOKEN_SPACE,
+    Chosen,
+    ChosenSum,
+    DenseWeights,
+    Gathered,
+    GroupMask,
+    Leaf,
+    PairExpr,
+    Pairs,
+    Role,
+    Scores,
+    Sentinel,
+    Sum,
+    SumRows,
+    Weights,
+)
+from moecompile.recognize.rules import router
+from moecompile.recognize.walk import RoleMode, aten, rule
+
+
+def weights_of(c: RoleMode, t: object) -> tuple[Weights, D.Dims] | None:
+    """t as the routing weights of pairs, with its dimensions (those of an unknown live-in by number)."""
+    role = c.get(t)
+    if isinstance(role, Chosen):
+        return Weights(None, role.tree, role.routing, role.base), role.dims
+    if isinstance(role, DenseWeights) and role.fill == 0:
+        return Weights(None, role.tree, role.routing, role.base, dense=True), role.dims
+    leaf = c.leaf(t)
+    if leaf is not None and isinstance(t, Tensor) and t.is_floating_point() and "b" not in D.names(leaf.dims):
+        return Weights(leaf.ref), leaf.dims
+    return None
+
+
+def _as_term(c: RoleMode, t: object, like: Pairs) -> tuple[PairExpr, D.Dims] | None:
+    """Another operand of an op on `like`: a number, a value over the same pairs, a bias, or routing weights."""
+    number = c.number(t)
+    if number is not None:
+        return ("const", number), ()
+    role = c.get(t)
+    if isinstance(role, Pairs):
+        same = role.routing is like.routing and role.space == like.space
+        return (role.expr, role.dims) if same else None
+    if isinstance(role, Gathered):
+        if role.routing is like.routing and role.space == like.space and len(role.stack.sizes) == 1:
+            return ("bias", role.stack, role.clamped), D.rename(role.dims, {"f": "c"})
+        return None
+    if not isinstance(t, Tensor):
+        return None
+    if like.space.kind == "subset" and t.dim() == 1:
+        stack = c.stack(t, 1)
+        return None if stack is None or t.shape[0] == 1 else (("bias", stack, 0), (D.dim(("c", t.shape[0])),))
+    found = weights_of(c, t)
+    if found is None or like.space not in (TOKEN_SPACE, DENSE_SPACE):
+        return None
+    weights, dims = found
+    if weights.routing is not None and weights.routing is not like.routing:
+        return None
+    if weights.dense != (like.space == DENSE_SPACE):
+        return None
+    if weights.routing is None:  # a live-in: its numbered dimensions must be the pairs', all of them and nothing else
+        wanted = tuple(tuple(a for a in d if a[0] in "tk") for d in like.dims)
+        offset = len(like.dims) - t.dim()
+        if offset < 0 or any(wanted[i] for i in range(offset)) or D.sizes(wanted)[offset:] != tuple(t.shape):
+            return None
+        dims = wanted[offset:]
+    return ("weight", weights), dims
+
+
+def arithmetic(c: RoleMode, out: Tensor, name: str, x: Any, y: Any) -> Role | None:
+    """x `name` y where at least one is over pairs."""
+    a, b = c.get(x), c.get(y)
+    like = a if isinstance(a, Pairs) else b
+    if not isinstance(like, Pairs):
+        return _first_weighting(c, out, x, y) if name == "mul" else None
+    left = (like.expr, like.dims) if like is a else _as_term(c, x, like)
+    right = (like.expr, like.dims) if like is b and like is not a else _as_term(c, y, like)
+    if x is y:
+        right = left
+    if left is None or right is None:
+        return None
+    dims = D.align(left[1], right[1])
+    if dims is None or D.sizes(dims) != tuple(out.shape):
+        return None
+    k = max(like.top_k, *(r.top_k for r in (a, b) if isinstance(r, Pairs)))
+    return Pairs(dims, (name, left[0], right[0]), like.routing, like.space, k)
+
+
+def _first_weighting(c: RoleMode, out: Tensor, x: Any, y: Any) -> Role | None:
+    """Rows of x, repeated, times weights: a value over pairs begins here where the weight is on the input."""
+    for rows, other in ((x, y), (y, x)):
+        leaf = c.get(rows)
+        if not isinstance(leaf, Leaf) or "b" not in D.names(leaf.dims) or not isinstance(other, Tensor):
+            continue
+        found = weights_of(c, other)
+        if found is None or found[0].routing is None:
+            continue
+        weights, wdims = found
+        space = DENSE_SPACE if weights.dense else TOKEN_SPACE
+        made = rows_of(leaf, "e" if weights.dense else "k")
+        if made is None:
+            continue
+        dims = D.align(made[1], wdims)
+        assert weights.routing is not None
+        if dims is not None and D.sizes(dims) == tuple(out.shape):
+            return Pairs(dims, ("mul", made[0], ("weight", weights)), weights.routing, space, weights.routing.top_k)
+    return None
+
+
+def rows_of(leaf: Leaf, broadcast: str = "b") -> tuple[PairExpr, D.Dims] | None:
+    """A live-in [.., H], perhaps repeated, as rows: leading dimensions are tokens, the last is features."""
+    last = str(leaf.ref.tensor.dim() - 1)
+    if leaf.ref.tensor.dim() < 2 or not leaf.ref.tensor.is_floating_point():
+        return None
+    mapping = {n: "t" for n in D.names(leaf.dims) if n.isdigit() and n != last}
+    dims = D.rename(leaf.dims, {**mapping, last: "c", "b": broadcast})
+    return ("row", leaf.ref) if leaf.cast is None else ("cast", leaf.cast, ("row", leaf.ref)), dims
+
+
+# ---------------------------------------------------------------- rules
+
+
+@rule(aten.mul, aten.mul_)
+def _mul(c: RoleMode, out: Tensor, x: Any, y: Any) -> Role | None:
+    if not out.is_floating_point():
+        return None
+    return router.scaled(c, x, y) or router.scaled(c, y, x) or arithmetic(c, out, "mul", x, y)
+
+
+@rule(aten.add, aten.add_)
+def _add(c: RoleMode, out: Tensor, x: Any, y: Any, *, alpha: Any = 1) -> Role | None:
+    from moecompile.recognize.rules.combine import accumulated
+
+    if alpha != 1 or not out.is_floating_point():
+        return None
+    if isinstance(c.get(x), SumRows) or isinstance(c.get(y), SumRows) or isinstance(c.get(x), Sum) or isinstance(c.get(y), Sum):
+        return accumulated(c, out, x, y)
+    return router.added(c, out, x, y) or arithmetic(c, out, "add", x, y)
+
+
+@rule(aten.sub, aten.sub_)
+def _sub(c: RoleMode, out: Tensor, x: Any, y: Any, *, alpha: Any = 1) -> Role | None:
+    return arithmetic(c, out, "sub", x, y) if alpha == 1 else None
+
+
+@rule(aten.rsub)
+def _rsub(c: RoleMode, out: Tensor, x: Any, y: Any, alpha: Any = 1) -> Role | None:
+    return arithmetic(c, out, "sub", y, x) if alpha == 1 else None
+
+
+@rule(aten.maximum)
+def _maximum(c: RoleMode, out: Tensor, x: Any, y: Any) -> Role | None:
+    return arithmetic(c, out, "maximum", x, y)
+
+
+@rule(aten.minimum)
+def _minimum(c: RoleMode, out: Tensor, x: Any, y: Any) -> Role | None:
+    return arithmetic(c, out, "minimum", x, y)
+
+
+def mapped(c: RoleMode, x: object, f: Callable[[PairExpr], PairExpr]) -> Role | None:
+    role = c.get(x)
+    return dataclasses.replace(role, expr=f(role.expr)) if isinstance(role, Pairs) else None
+
+
+def clamped(c: RoleMode, out: Tensor, x: Tensor, low: Any, high: Any) -> Role | None:
+    role = c.get(x)
+    numbers = [None if v is None else c.number(v) for v in (low, high)]
+    if any(n is None and v is not None for n, v in zip(numbers, (low, high), strict=True)):
+        return None
+    if isinstance(role, ChosenSum):
+        return router.at_least(role, numbers[0]) if numbers[0] is not None and high is None else None
+    if not isinstance(role, Pairs):
+        return None
+    e = role.expr
+    if numbers[0] is not None:
+        e = ("maximum", e, ("const", numbers[0]))
+    if numbers[1] is not None:
+        e = ("minimum", e, ("const", numbers[1]))
+    return dataclasses.replace(role, expr=e)
+
+
+@rule(aten.clamp_min, aten.clamp_min_)
+def _clamp_min(c: RoleMode, out: Tensor, x: Tensor, low: Any) -> Role | None:
+    return clamped(c, out, x, low, None)
+
+
+@rule(aten.clamp_max, aten.clamp_max_)
+def _clamp_max(c: RoleMode, out: Tensor, x: Tensor, high: Any) -> Role | None:
+    return clamped(c, out, x, None, high)
+
+
+@rule(aten.sigmoid, aten.sigmoid_)
+def _sigmoid(c: RoleMode, out: Tensor, x: Tensor) -> Role | None:
+    return mapped(c, x, lambda a: ("sigmoid", a)) or router.on_router(c, "sigmoid", x)
+
+
+@rule(aten.sqrt)
+def _sqrt(c: RoleMode, out: Tensor, x: Tensor) -> Role | None:
+    return mapped(c, x, lambda a: ("sqrt", a)) or router.on_router(c, "sqrt", x)
+
+
+def _unary(name: str, f: Callable[[PairExpr], PairExpr], *packets: object) -> None:
+    rule(*packets)(lambda c, out, x, *_: mapped(c, x, f))
+
+
+_unary("silu", X.silu, aten.silu, aten.silu_)
+_unary("relu", X.relu, aten.relu, aten.relu_)
+_unary("neg", lambda a: ("neg", a), aten.neg)
+_unary("exp", lambda a: ("exp", a), aten.exp)
+_unary("abs", lambda a: ("abs", a), aten.abs)
+_unary("tanh", lambda a: ("tanh", a), aten.tanh)
+_unary("erf", lambda a: ("erf", a), aten.erf)
+
+
+@rule(aten.gelu)
+def _gelu(c: RoleMode, out: Tensor, x: Tensor, *, approximate: str = "none") -> Role | None:
+    return mapped(c, x, lambda a: X.gelu(a, approximate))
+
+
+@rule(aten.glu)
+def _glu(c: RoleMode, out: Tensor, x: Tensor, dim: int = -1) -> Role | None:
+    from moecompile.recognize.rules.views import features
+
+    role, dim = c.get(x), dim % x.dim()
+    if not isinstance(role, Pairs):
+        return None
+    n = out.shape[dim]
+    a, b = features(role, dim, 0, 1, n), features(role, dim, n, 1, n)
+    return None if a is None or b is None else dataclasses.replace(a, expr=("mul", a.expr, ("sigmoid", b.expr)))
+
+
+@rule(aten.pow)
+def _pow(c: RoleMode, out: Tensor, x: Any, y: Any) -> Role | None:
+    n = c.number(y)
+    if n == 0.5:
+        return mapped(c, x, lambda a: ("sqrt", a))
+    if n not in (2, 3):
+        return None
+    return mapped(c, x, lambda a: ("mul", a, a) if n == 2 else ("mul", ("mul", a, a), a))
+
+
+@rule(aten.square)
+def _square(c: RoleMode, out: Tensor, x: Tensor) -> Role | None:
+    return mapped(c, x, lambda a: ("mul", a, a))
+
+
+@rule(aten.masked_fill, aten.masked_fill_)
+def _masked_fill(c: RoleMode, out: Tensor, x: Tensor, mask: Tensor, value: Any) -> Role | None:
+    m, fill = c.get(mask), c.number(value)
+    if fill is None:
+        return None
+    role = c.get(x)
+    if isinstance(m, GroupMask):
+        return router.masked(c, role, m, fill) if isinstance(role, Scores) else None
+    if isinstance(m, Sentinel) and fill == 0:
+        if isinstance(role, Pairs):
+            same = role.routing is m.routing and role.space.order == (m.order or 0)
+            fits = D.align(role.dims, m.dims) == role.dims
+            return dataclasses.replace(role, expr=("sentinel", m.bound, role.expr)) if same and fits else None
+        found = weights_of(c, x)
+        if found is not None and m.order is None and x.shape == mask.shape and not found[0].dense:
+            if found[0].routing in (None, m.routing):
+                return Pairs(m.dims, ("sentinel", m.bound, ("weight", found[0])), m.routing, TOKEN_SPACE, m.routing.top_k)
+    return None
+
+
+@rule(aten.where)
+def _where(c: RoleMode, out: Tensor, mask: Tensor, x: Any = None, y: Any = None) -> Role | None:
+    m = c.get(mask)
+    if isinstance(m, GroupMask) and isinstance(c.get(x), Scores):
+        fill = c.get(y)
+        number = fill.value if hasattr(fill, "value") else c.number(y)
+        if number is not None:
+            return router.masked(c, c.get(x), dataclasses.replace(m, inverted=not m.inverted), number)  # type: ignore[arg-type]
+    return None

@@ -1,0 +1,296 @@
+"""The router: scores, groups, the choice of experts, and the weights of the chosen.
+
+Trees, from logits to choice          and from the chosen to their weights
+    ("logits", ref)                       ("choice",)                what the top-k returned
+    ("cast", dtype, a)                    ("gather", a)              scores a at the chosen ids
+    ("softmax", a) ("sigmoid", a)         ("cast", dtype, a) ("softmax", a) ("sigmoid", a) ("scale", a, s)
+    ("softplus", a) ("sqrt", a)           ("normalise", a, eps, least)      a / max(sum(a) + eps, least)
+    ("bias", a, ref)
+    ("group", a, groups, kept, how, fill)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from torch import Tensor
+
+from moecompile.recognize import dims as D
+from moecompile.recognize.roles import (
+    Chosen,
+    ChosenSum,
+    DenseWeights,
+    Full,
+    GroupBest,
+    GroupIds,
+    GroupMask,
+    GroupScore,
+    Ids,
+    Leaf,
+
+    Role,
+    Routing,
+    Scores,
+    Tree,
+)
+from moecompile.recognize.walk import RoleMode, aten, rule
+
+
+def as_scores(c: RoleMode, x: object) -> Scores | None:
+    """x as logits: the last dimension is the experts, the others are tokens."""
+    role = c.get(x)
+    if isinstance(role, Scores):
+        return role
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2 or not (role is None or isinstance(role, Leaf)):
+        return None
+    ref, cast = c.ref(x), None
+    if isinstance(role, Leaf) and role.cast is not None and role.dims == D.fresh(role.ref.tensor.shape):
+        ref, cast = role.ref, role.cast
+    if ref is None:
+        return None
+    dims = (*(D.dim(("t", s)) for s in x.shape[:-1]), D.dim(("e", x.shape[-1])))
+    return Scores(dims, ("logits", ref) if cast is None else ("cast", cast, ("logits", ref)))
+
+
+def is_last(role: Role, dim: Any, names: set[str]) -> bool:
+    """Is `dim` (a number, or a list of one) the last dimension, and that an axis of these names?"""
+    if isinstance(dim, (list, tuple)):
+        if len(dim) != 1:
+            return False
+        dim = dim[0]
+    n = len(role.dims)
+    return isinstance(dim, int) and dim % n == n - 1 and {a for a, _ in role.dims[-1]} <= names
+
+
+def _on_scores(c: RoleMode, x: Tensor, name: str) -> Role | None:
+    role = c.get(x)
+    if isinstance(role, Chosen):
+        return dataclasses.replace(role, tree=(name, role.tree), base=None)
+    if isinstance(role, DenseWeights) and name == "sigmoid" and role.fill == -math.inf and role.tree is not None:
+        return dataclasses.replace(role, tree=(name, role.tree), fill=0.0, base=None)
+    scores = as_scores(c, x)
+    return None if scores is None else dataclasses.replace(scores, tree=(name, scores.tree))
+
+
+@rule(aten._softmax)
+def _softmax(c: RoleMode, out: Tensor, x: Tensor, dim: int, *_: Any) -> Role | None:
+    role = c.get(x)
+    if isinstance(role, Chosen):
+        return dataclasses.replace(role, tree=("softmax", role.tree), base=None) if is_last(role, dim, {"k"}) else None
+    if isinstance(role, DenseWeights):
+        if role.fill == -math.inf and role.tree is not None and is_last(role, dim, {"e"}):
+            return dataclasses.replace(role, tree=("softmax", role.tree), fill=0.0, base=None)
+        return None
+    scores = as_scores(c, x)
+    if scores is None or not is_last(scores, dim, {"e"}):
+        return None
+    return dataclasses.replace(scores, tree=("softmax", scores.tree))
+
+
+def on_router(c: RoleMode, name: str, x: Tensor) -> Role | None:
+    """sigmoid, softplus or sqrt of scores or of chosen weights."""
+    role = c.get(x)
+    if name == "softplus" and (role is None or isinstance(role, (Leaf, Scores))):
+        return _on_scores(c, x, name)
+    if name == "sqrt" and isinstance(role, Scores) and role.tree[0] == "softplus":
+        return _on_scores(c, x, name)
+    if name == "sigmoid" and (role is None or isinstance(role, (Leaf, Scores, Chosen, DenseWeights))):
+        return _on_scores(c, x, name)
+    return None
+
+
+@rule(aten.softplus)
+def _softplus(c: RoleMode, out: Tensor, x: Tensor, beta: Any = 1, threshold: Any = 20) -> Role | None:
+    return on_router(c, "softplus", x) if (c.number(beta), c.number(threshold)) == (1, 20) else None
+
+
+# ---------------------------------------------------------------- the choice
+
+
+@rule(aten.topk)
+def _topk(c: RoleMode, out: Any, x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    role = c.get(x)
+    if not largest or c.symbolic or dim % x.dim() != x.dim() - 1:
+        return None
+    if isinstance(role, Scores) and role.dims and D.names(role.dims[-1:]) == {"m"} and k == 2:
+        groups = D.size_of(role.dims, "g")
+        return [GroupBest((*role.dims[:-1], D.dim(("b", 2))), role.tree, groups), None]
+    if isinstance(role, GroupScore):
+        dims = (*role.dims[:-1], D.dim(("0", k)))
+        return [None, GroupIds(dims, role, k)]
+    scores = as_scores(c, x)
+    if scores is None or not is_last(scores, dim, {"e"}):
+        return None
+    return _chosen(c, scores, k, sorted, (*scores.dims[:-1], D.dim(("k", k))), "topk")
+
+
+def _chosen(c: RoleMode, scores: Scores, k: int, sorted: bool, dims: D.Dims, select: str) -> list[Role]:
+    routing = Routing(None, scores.tree, k, D.sizes(scores.dims)[-1], sorted, select, next(c.routings))
+    return [Chosen(dims, ("choice",), routing), Ids(dims, routing)]
+
+
+@rule(aten.max, aten.argmax)
+def _max(c: RoleMode, out: Any, x: Tensor, dim: Any = None, keepdim: bool = False) -> Any:
+    """The best expert: top-1."""
+    if dim is None or isinstance(dim, Tensor):
+        return None
+    role = c.get(x)
+    best = group_max(c, out, x, dim, keepdim)
+    if best is not None:
+        return [best, None]
+    scores = as_scores(c, x) if isinstance(role, Scores) else None
+    if scores is None or not is_last(scores, dim, {"e"}):
+        return None
+    found = _chosen(c, scores, 1, True, D.without(scores.dims, [len(scores.dims) - 1], keepdim), "max")
+    return found[1] if isinstance(out, Tensor) else found
+
+
+def group_max(c: RoleMode, out: Any, x: Tensor, dim: Any, keepdim: bool) -> Role | None:
+    role = c.get(x)
+    if isinstance(role, Scores) and D.names(role.dims[-1:]) == {"m"} and is_last(role, dim, {"m"}) and not keepdim:
+        return GroupScore(role.dims[:-1], role.tree, D.size_of(role.dims, "g"), "max")
+    return None
+
+
+@rule(aten.gather)
+def _gather(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, **_: Any) -> Role | None:
+    ids, scores = c.get(index), None
+    if not isinstance(ids, Ids) or ids.clamped:
+        return None
+    role = c.get(x)
+    if isinstance(role, Scores):
+        scores = role
+    elif ids.routing.choice is not None:
+        scores = as_scores(c, x)
+    if scores is None or not is_last(scores, dim, {"e"}) or scores.dims[:-1] != ids.dims[:-1]:
+        return None
+    return Chosen(ids.dims, ("gather", scores.tree), ids.routing)
+
+
+# ---------------------------------------------------------------- groups
+
+
+@rule(aten.bitwise_not, aten.logical_not)
+def _not(c: RoleMode, out: Tensor, x: Tensor) -> Role | None:
+    role = c.get(x)
+    return dataclasses.replace(role, inverted=not role.inverted) if isinstance(role, GroupMask) else None
+
+
+def router_scatter(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, source: Any) -> Role | None:
+    """zeros.scatter(1, groups, 1): which groups were chosen; full(v).scatter(1, ids, weights): dense weights."""
+    base, at = c.get(x), c.get(index)
+    if not isinstance(base, Full) or base.value is None or dim % x.dim() != x.dim() - 1:
+        return None
+    if isinstance(at, GroupIds):
+        ones = c.get(source) if isinstance(source, Tensor) else None
+        value = ones.value if isinstance(ones, Full) else c.number(source)
+        if (base.value, value) in ((0, 1), (1, 0)) and x.shape == out.shape and D.sizes(at.score.dims) == tuple(x.shape):
+            return GroupMask(at.score.dims, at, inverted=value == 0)
+        return None
+    if isinstance(at, Ids) and isinstance(source, Tensor) and base.value in (0, -math.inf) and at.dims and not at.clamped:
+        weights = c.get(source)
+        classes = at.routing.num_classes
+        if isinstance(weights, Chosen) and weights.routing is at.routing and weights.dims == at.dims and x.shape[-1] == classes:
+            dims = (*at.dims[:-1], D.dim(("e", classes)))
+            return DenseWeights(dims, weights.tree, at.routing, base.value)
+    return None
+
+
+def masked(c: RoleMode, scores: Scores, mask: GroupMask, fill: float) -> Role | None:
+    """scores.masked_fill(mask, fill): only the chosen groups' scores are left."""
+    score = mask.ids.score
+    if not mask.inverted or score.tree != scores.tree or fill not in (0.0, -math.inf):
+        return None
+    experts = D.size_of(scores.dims, "e") * D.size_of(scores.dims, "g") * D.size_of(scores.dims, "m")
+    members = experts // score.groups
+    expected = D.rename(score.dims, {})
+    tail = {
+        D.dim(("g", score.groups), ("b", members)),
+        D.dim(("g", score.groups), ("m", members)),
+    }
+    flat = mask.dims[:-1] == expected[:-1] and mask.dims[-1] in tail and len(scores.dims) == len(mask.dims)
+    apart = mask.dims[:-1] == expected and mask.dims[-1] in ((), D.dim(("b", members)))
+    if not (flat or (apart and len(scores.dims) == len(mask.dims))):
+        return None
+    return dataclasses.replace(scores, tree=("group", scores.tree, score.groups, mask.ids.top_k, score.how, fill))
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def _nonnegative(tree: Tree, choice: Tree | None) -> bool:
+    """Is this certainly >= 0 (or NaN)?"""
+    if tree[0] in ("softmax", "sigmoid", "softplus", "sqrt"):
+        return True
+    if tree[0] in ("cast", "gather"):
+        return _nonnegative(tree[-1], choice)
+    return tree[0] == "choice" and choice is not None and _nonnegative(choice, None)
+
+
+def summed(c: RoleMode, out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> Role | None:
+    role = c.get(x)
+    if isinstance(role, GroupBest) and is_last(role, dim, {"b"}) and not keepdim:
+        return GroupScore(role.dims[:-1], role.tree, role.groups, "top2")
+    if isinstance(role, Chosen) and is_last(role, dim, {"k"}):
+        if D.size_of(role.dims, "k") != role.routing.top_k:
+            return None
+        return ChosenSum(D.without(role.dims, [len(role.dims) - 1], keepdim), role.tree, role.routing)
+    return None
+
+
+@rule(aten.linalg_vector_norm)
+def _norm(c: RoleMode, out: Tensor, x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, **_: Any) -> Role | None:
+    role = c.get(x)
+    if ord == 1 and dim is not None and isinstance(role, Chosen) and _nonnegative(role.tree, role.routing.choice):
+        return summed(c, out, x, dim, keepdim)
+    return None
+
+
+def added(c: RoleMode, out: Tensor, x: Tensor, y: Any) -> Role | None:
+    """scores + bias, or sum + eps."""
+    a = c.get(x)
+    number = c.number(y)
+    if isinstance(a, ChosenSum) and number is not None and not a.eps and not a.least:
+        return dataclasses.replace(a, eps=number)
+    if isinstance(y, Tensor):
+        for one, other in ((x, y), (y, x)):
+            scores, bias = c.get(one), c.leaf(other)
+            if scores is None and x.dim() >= 2 and one is x and y.dim() == 1:
+                scores = as_scores(c, x)  # a bias on the logits themselves
+            if isinstance(scores, Scores) and bias is not None and bias.cast is None and isinstance(other, Tensor):
+                whole = tuple(bias.ref.tensor.shape) == (D.sizes(scores.dims)[-1],)
+                alone = all(not d for d in bias.dims[:-1]) and len(bias.dims) <= len(scores.dims)
+                if whole and alone and D.names(scores.dims[-1:]) <= {"e"} and scores.tree[0] != "bias" and other.shape[-1] == out.shape[-1]:
+                    return dataclasses.replace(scores, tree=("bias", scores.tree, bias.ref))
+    return None
+
+
+def at_least(role: ChosenSum, least: float) -> Role | None:
+    return dataclasses.replace(role, least=least) if least > 0 and not role.least else None
+
+
+def divided(c: RoleMode, out: Tensor, x: Tensor, y: Any, rounding_mode: str | None) -> Role | None:
+    from moecompile.recognize.rules.pointwise import arithmetic
+
+    a, b, number = c.get(x), c.get(y), c.number(y)
+    if rounding_mode is not None or not out.is_floating_point():
+        return None
+    if isinstance(a, Chosen) and isinstance(b, ChosenSum):
+        if a.routing is b.routing and a.tree == b.of and D.align(a.dims, b.dims) == a.dims:
+            return dataclasses.replace(a, tree=("normalise", a.tree, b.eps, b.least), base=None)
+        return None
+    if isinstance(a, Chosen) and number:
+        return dataclasses.replace(a, tree=("scale", a.tree, 1.0 / number), base=None) if math.frexp(number)[0] == 0.5 else None
+    return arithmetic(c, out, "div", x, y)
+
+
+def scaled(c: RoleMode, x: Tensor, y: Any) -> Role | None:
+    a, number = c.get(x), c.number(y)
+    if isinstance(a, Chosen) and number is not None:
+        return dataclasses.replace(a, tree=("scale", a.tree, number), base=None)
+    return None
+
+
+

@@ -1,0 +1,481 @@
+"""Run a Dynamo graph on fake tensors and give every value its role.
+
+    static    sizes are plain ints: no guard can appear.  A symbolic size becomes a large number of its own (`GenericSizes`),
+              so what is equal here is equal as an expression of the symbols, not by chance
+    honest    a role is bound to the version of its storage: a write through any alias ends the roles of all of them
+    total     a node that cannot be run keeps Dynamo's example value without a role; nothing is raised
+
+One entry per ATen overload packet in RULES says how the op maps the roles of its arguments to roles of its results; an op
+without a rule gives none.  Roles are read before a write is counted, so an in-place op may carry its own role on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import operator
+import pkgutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from moecompile.recognize import dims as D
+from moecompile.recognize.roles import (
+    Chosen,
+    DenseWeights,
+    Gathered,
+    Ids,
+    Leaf,
+    Pairs,
+    Ref,
+    Role,
+    Routing,
+    SortedIds,
+    Stack,
+    Sum,
+    SumRows,
+)
+
+aten = torch.ops.aten
+Rule = Callable[..., Any]  # (walker, result, *args of the op) -> role, list of roles, or None
+RULES: dict[object, Rule] = {}
+
+
+def rule(*packets: object) -> Callable[[Rule], Rule]:
+    """Register a rule for overload packets."""
+
+    def add(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(packets, function))
+        return function
+
+    return add
+
+
+def load_rules() -> None:
+    """Import every file of rules/: adding a rule is adding a file."""
+    from moecompile.recognize import rules
+
+    for module in pkgutil.iter_modules(rules.__path__):
+        importlib.import_module(f"{rules.__name__}.{module.name}")
+
+
+@dataclass
+class Loss:
+    """A value of a layer in the making reached an op that no rule follows."""
+
+    node: fx.Node
+    op: str
+    role: Role
+
+
+@dataclass
+class End:
+    """A node after which a layer's output, or a part of the sum it is, lies in `tensor`."""
+
+    node: fx.Node
+    step: int
+    tensor: Tensor
+    role: Sum
+
+
+@dataclass
+class Walk:
+    """What a walk found."""
+
+    graph: fx.GraphModule
+    mode: RoleMode
+    nodes: list[fx.Node]
+    values: dict[fx.Node, Any] = field(default_factory=dict)  # node -> its static double
+    holders: dict[int, list[fx.Node]] = field(default_factory=dict)  # id(tensor) -> the nodes that returned it
+    step: dict[fx.Node, int] = field(default_factory=dict)
+    failed: list[tuple[fx.Node, str]] = field(default_factory=list)
+    losses: list[Loss] = field(default_factory=list)
+    children: list[tuple[fx.Node, str, Walk]] = field(default_factory=list)  # bodies of higher-order ops
+    ends: list[End] = field(default_factory=list)
+
+
+class GenericSizes:
+    """Plain ints for symbolic sizes: each symbol a large number with a prime of its own."""
+
+    def __init__(self) -> None:
+        self.symbols: dict[sympy.Symbol, int] = {}
+        self.primes = (p for p in itertools.count(100_003, 2) if sympy.isprime(p))
+
+    def next(self) -> int:
+        return 16 * next(self.primes)
+
+    def __call__(self, v: Any) -> Any:
+        """v, or its value at the generic point if it is symbolic."""
+        if isinstance(v, torch.SymFloat):  # a constant of the model: its value, which a rewrite that relies on it pins down
+            return float(v.node.hint) if v.node.has_hint() else float("nan")
+        if isinstance(v, (torch.SymInt, torch.SymBool)):
+            expr = v.node.expr
+            for s in expr.free_symbols:
+                if s not in self.symbols:
+                    self.symbols[s] = self.next()
+            value = expr.subs(self.symbols)
+            return bool(value) if isinstance(v, torch.SymBool) else int(value)
+        return v
+
+
+class RoleMode(TorchDispatchMode):
+    """Watches ATen ops and gives roles to the tensors they return."""
+
+    def __init__(self, sizes: GenericSizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.roles: dict[int, tuple[Role, int]] = {}  # id(tensor) -> role, version of its storage when it was given
+        self.version: Counter[object] = Counter()  # storage -> writes seen
+        self.written: dict[object, list[int]] = {}  # storage -> steps at which it was written
+        self.group: dict[int, object] = {}  # storage here -> storage of Dynamo's example values, which know all aliases
+        self.alive: list[Any] = []  # ids are unique only among living tensors
+        self.root: dict[object, Tensor] = {}  # storage -> the first tensor seen on it
+        self.copied: dict[int, tuple[Tensor, torch.dtype | None]] = {}  # id(copy) -> source of a dtype cast or plain copy
+        self.node_of: dict[int, fx.Node] = {}  # id(tensor) -> the node that first returned it
+        self.refs: dict[tuple[int, int], Ref] = {}
+        self.losses: list[Loss] = []
+        self.steps = 0
+        self.current: fx.Node | None = None
+        self.symbolic = False  # the node being run has symbolic scalars among its arguments
+        self.follow = True  # False where the graph switched gradients off or on
+        self.orders = itertools.count(1)
+        self.routings = itertools.count(1)
+
+    # ------------------------------------------------------------ what rules ask
+
+    def key(self, t: Tensor) -> object:
+        storage = t.untyped_storage()._cdata
+        return self.group.get(storage, storage)
+
+    def get(self, t: object) -> Role | None:
+        """The role of a tensor, if it still holds."""
+        found = self.roles.get(id(t))
+        if found is None or not isinstance(t, Tensor) or found[1] != self.version[self.key(t)]:
+            return None
+        return found[0]
+
+    def put(self, t: Tensor, role: Role | None) -> None:
+        self.alive.append(t)
+        if role is None:
+            self.roles.pop(id(t), None)
+        else:
+            self.roles[id(t)] = (role, self.version[self.key(t)])
+
+    def ref(self, t: Tensor) -> Ref | None:
+        """The value as a live-in, if a node of the graph holds it."""
+        node = self.node_of.get(id(t))
+        if node is None:
+            return None
+        key = (id(t), self.version[self.key(t)])
+        if key not in self.refs:
+            self.refs[key] = Ref(node, t, self.key(t), self.steps)
+        return self.refs[key]
+
+    def leaf(self, t: object) -> Leaf | None:
+        """The tensor as a live-in: seen through views and casts, or, whatever else it is, as the node that holds it."""
+        if not isinstance(t, Tensor):
+            return None
+        role = self.get(t)
+        if isinstance(role, Leaf):
+            return role
+        ref = self.ref(t)
+        return None if ref is None else Leaf(D.fresh(t.shape), ref)
+
+    def number(self, v: object) -> float | None:
+        """A scalar argument that is a constant of the graph, not a symbolic size."""
+        return float(v) if isinstance(v, (int, float)) and not self.symbolic else None
+
+    def routing(self, t: Tensor, **facts: Any) -> Routing:
+        return Routing(ids=self.ref(t), id=next(self.routings), **facts)
+
+    def stack(self, t: object, features: int) -> Stack | None:
+        """t as E matrices (features = 2), E vectors (1) with a leading expert dimension, or without it a single one."""
+        if not isinstance(t, Tensor) or t.dim() not in (features, features + 1) or not t.is_floating_point():
+            return None
+        cast: torch.dtype | None = None
+        source, offset, strides = t, t.storage_offset(), t.stride()
+        for _ in range(8):
+            root = self.root.get(self.key(source))
+            if root is None:
+                return None
+            if self.node_of.get(id(root)) is not None and root.is_contiguous():
+                break
+            if id(root) not in self.copied:
+                return None
+            before, to = self.copied[id(root)]
+            if before.stride() != root.stride() or before.shape != root.shape:
+                return None
+            cast = cast or to
+            offset += before.storage_offset() - root.storage_offset()
+            source = before
+        ref = self.ref(root)
+        assert ref is not None
+        e = strides[0] if t.dim() > features else None
+        return Stack(
+            ref,
+            tuple(root.shape),
+            offset - root.storage_offset(),
+            e,
+            tuple(strides[-features:]),
+            tuple(t.shape[-features:]),
+            t.shape[0] if t.dim() > features else 1,
+            cast,
+        )
+
+    # ------------------------------------------------------------ the dispatch
+
+    def wrote(self, t: Tensor) -> None:
+        key = self.key(t)
+        self.version[key] += 1
+        self.written.setdefault(key, []).append(self.steps)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        packet = func.overloadpacket
+        if packet is aten.nonzero:  # a static fake mode cannot give its size
+            out = args[0].new_empty((self._unknown_size(), args[0].dim()), dtype=torch.int64)
+        elif packet is aten.bincount:
+            out = args[0].new_empty((self._bins(args, kwargs),), dtype=torch.int64)
+        elif packet is aten.index and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]):
+            out = self._index_by_mask(*args)
+        else:
+            out = func(*args, **kwargs)
+        if packet is torch.ops.prim.device or packet is aten.sym_size:
+            return out
+        outs = list(out) if isinstance(out, (tuple, list)) else [out]
+        for t in outs:
+            if isinstance(t, Tensor):
+                self.root.setdefault(self.key(t), t)
+        found = RULES[packet](self, out, *args, **kwargs) if packet in RULES and self.follow else None
+        found = found if isinstance(found, list) else [found]
+        if not any(found) and self.current is not None:
+            self._lost(packet, args)
+        for argument, schema in zip(args, func._schema.arguments, strict=False):
+            if schema.alias_info is not None and schema.alias_info.is_write:
+                for t in tree_leaves(argument):
+                    if isinstance(t, Tensor):
+                        self.wrote(t)
+        for schema in func._schema.arguments:
+            if schema.kwarg_only and schema.alias_info is not None and schema.alias_info.is_write and schema.name in kwargs:
+                self.wrote(kwargs[schema.name])
+        for t, role in itertools.zip_longest(outs, found[: len(outs)]):
+            if isinstance(role, (Chosen, DenseWeights)) and role.base is None:
+                role = dataclasses.replace(role, base=t)
+            if isinstance(t, Tensor) and (role is not None or id(t) not in self.node_of or func._schema.is_mutable):
+                self.put(t, role)
+        return out
+
+    def _lost(self, packet: Any, args: Any) -> None:
+        for a in tree_leaves(args):
+            role = self.get(a)
+            if isinstance(role, (Pairs, Gathered, SumRows)) or (isinstance(role, SortedIds) and not self.losses):
+                assert self.current is not None
+                self.losses.append(Loss(self.current, str(packet), role))
+                return
+
+    def _unknown_size(self) -> int:
+        """The size Dynamo gave the result of a data-dependent op in the node being run."""
+        if self.current is not None:
+            for v in tree_leaves(self.current.meta.get("example_value")):
+                if isinstance(v, Tensor) and v.dim():
+                    s = v.shape[0]
+                    if isinstance(s, torch.SymInt):
+                        return int(self.sizes(s))
+        return self.sizes.next()
+
+    def _bins(self, args: Any, kwargs: Any) -> int:
+        v = self.current.meta.get("example_value") if self.current is not None else None
+        if isinstance(v, Tensor) and v.dim() == 1:
+            return int(self.sizes(v.shape[0]))
+        return int(kwargs.get("minlength", args[2] if len(args) > 2 else 0)) or self.sizes.next()
+
+    def _index_by_mask(self, x: Tensor, indices: Any) -> Tensor:
+        first = next(i for i, m in enumerate(indices) if m is not None)
+        mask = indices[first]
+        if sum(m is not None for m in indices) != 1 or mask.dtype != torch.bool:
+            raise NotImplementedError("a mask among several indices")
+        shape = (*x.shape[:first], self._unknown_size(), *x.shape[first + mask.dim() :])
+        return x.new_empty(shape)
+
+
+# ---------------------------------------------------------------- the walk over nodes
+
+_VALUE = "example_value"
+
+
+def example(n: fx.Node) -> Any:
+    v = n.meta.get(_VALUE)
+    return n.meta.get("val") if v is None else v
+
+
+def tensors(v: object) -> list[Tensor]:
+    return [t for t in tree_leaves(v) if isinstance(t, Tensor)]
+
+
+def walk(gm: fx.GraphModule, sizes: GenericSizes | None = None) -> Walk:
+    """The roles of gm's values. Changes and guards nothing."""
+    from moecompile.recognize.rules import experts
+
+    load_rules()
+    experts.refresh()
+    mode = RoleMode(sizes or GenericSizes())
+    result = Walk(gm, mode, list(gm.graph.nodes))
+    runner = _Runner(result)
+    entered: list[Any] = []
+    with torch.no_grad(), FakeTensorMode(allow_fallback_kernels=False), mode:
+        try:
+            for i, n in enumerate(result.nodes):
+                mode.steps = result.step[n] = i
+                runner.run(n, entered)
+        finally:
+            for context in reversed(entered):
+                torch.amp.autocast_mode._exit_autocast(context)
+    result.losses = mode.losses
+    return result
+
+
+class _Runner:
+    def __init__(self, result: Walk) -> None:
+        self.result, self.mode, self.values = result, result.mode, result.values
+        self.stand_in: dict[int, Tensor] = {}  # id(example value) -> its static double
+        self.grad = torch.is_grad_enabled()
+
+    def static(self, v: Any) -> Any:
+        """A contiguous double of a tensor with plain sizes; scalars at the generic point."""
+        if isinstance(v, Tensor):
+            if id(v) not in self.stand_in:
+                shape = [self.mode.sizes(s) for s in v.shape]
+                t = torch.empty(shape, dtype=v.dtype, device=v.device)
+                self.mode.put(t, None)  # not blank memory
+                self.mode.group[t.untyped_storage()._cdata] = ("example", v.untyped_storage()._cdata)
+                self.mode.root.setdefault(self.mode.key(t), t)
+                self.stand_in[id(v)] = t
+                self.mode.alive.append(v)
+            return self.stand_in[id(v)]
+        return self.mode.sizes(v)
+
+    def hold_example(self, n: fx.Node) -> None:
+        """Let n be what Dynamo says it is, without a role."""
+        try:
+            self.hold(n, tree_map(self.static, example(n)))
+        except RuntimeError as e:  # at the generic point the value is too large to exist
+            self.result.failed.append((n, str(e).splitlines()[0][:100]))
+            self.values[n] = None
+
+    def hold(self, n: fx.Node, value: Any) -> None:
+        self.values[n] = value
+        if isinstance(value, Tensor):
+            self.mode.alive.append(value)
+            self.result.holders.setdefault(id(value), []).append(n)
+            self.mode.node_of.setdefault(id(value), n)
+            role = self.mode.get(value)
+            self.note(n, value, role)
+            if isinstance(role, Leaf) and "b" not in D.names(role.dims) and role.cast is None:
+                self.mode.put(value, None)  # a node holds it: a live-in in its own right
+
+    def note(self, n: fx.Node, value: Tensor, role: Role | None) -> None:
+        if isinstance(role, Sum) and value.dim() == 2:
+            self.result.ends.append(End(n, self.mode.steps, value, role))
+        if isinstance(role, Ids) and role.routing.ids is None:
+            role.routing.ids = self.mode.ref(value)
+
+    def run(self, n: fx.Node, entered: list[Any]) -> None:
+        mode = self.mode
+        mode.current = n
+        if n.op in ("placeholder", "get_attr"):
+            if n.op == "get_attr" and not isinstance(example(n), Tensor):
+                found = _attribute(self.result.graph, str(n.target))
+                self.values[n] = found
+                if isinstance(found, Tensor):
+                    self.hold(n, self.static(found))
+                return
+            self.hold_example(n)
+            return
+        if n.op not in ("call_function", "call_method"):
+            return
+        value = example(n)
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            self.values[n] = mode.sizes(value)
+            return
+        name = getattr(n.target, "__name__", str(n.target))
+        if name in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled") or n.target is torch._C._set_grad_enabled:
+            self.context(n, name, entered)
+            return
+        if isinstance(n.target, torch._ops.HigherOrderOperator):
+            self.opaque(n)
+            return
+        mode.symbolic = any(isinstance(example(m), torch.SymInt) for m in n.all_input_nodes)
+        try:
+            args, kwargs = fx.map_arg(n.args, self.value), fx.map_arg(n.kwargs, self.value)
+            target = n.target if n.op == "call_function" else getattr(args[0], str(n.target))
+            out = target(*args, **kwargs) if n.op == "call_function" else target(*args[1:], **kwargs)  # type: ignore[operator]
+        except Exception as e:
+            self.result.failed.append((n, f"{type(e).__name__}: {str(e).splitlines()[0][:100] if str(e) else ''}"))
+            self.distrust(n)
+            self.hold_example(n)
+            return
+        if n.target is operator.setitem:
+            self.values[n] = None
+            self.note(n, args[0], mode.get(args[0]))
+        else:
+            self.hold(n, out)
+            for t in tensors(out) if isinstance(out, (tuple, list)) else ():
+                mode.alive.append(t)
+
+    def value(self, n: fx.Node) -> Any:
+        return self.values.get(n)
+
+    def context(self, n: fx.Node, name: str, entered: list[Any]) -> None:
+        if name == "_enter_autocast":
+            entered.append(torch.amp.autocast_mode._enter_autocast(*n.args))
+            self.values[n] = entered[-1]
+        elif name == "_exit_autocast":
+            context = self.values.get(n.args[0]) if n.args else None  # type: ignore[arg-type]
+            if context in entered:
+                entered.remove(context)
+                torch.amp.autocast_mode._exit_autocast(context)
+        else:
+            self.mode.follow = bool(n.args[0]) == self.grad
+
+    def distrust(self, n: fx.Node) -> None:
+        """What an opaque node may do: write any of its arguments."""
+        for m in n.all_input_nodes:
+            for t in tensors(self.values.get(m)):
+                self.mode.wrote(t)
+
+    def opaque(self, n: fx.Node) -> None:
+        """A higher-order op: its effects are unknown; its body, a child GraphModule, may hold layers of its own."""
+        pure = False
+        for body in (a for a in n.all_input_nodes if a.op == "get_attr"):
+            child = _attribute(self.result.graph, str(body.target))
+            if isinstance(child, fx.GraphModule):
+                found = _walk_child(child, self.mode.sizes)
+                holes = [found.values.get(p) for p in found.nodes if p.op == "placeholder"]
+                pure = not any(found.mode.key(t) in found.mode.written for t in tensors(holes))
+                self.result.children.append((n, str(body.target), found))
+        if not pure:
+            self.distrust(n)
+        self.hold_example(n)
+
+
+def _walk_child(child: fx.GraphModule, sizes: GenericSizes) -> Walk:
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        return walk(child, sizes)
+
+
+def _attribute(gm: fx.GraphModule, path: str) -> Any:
+    found: Any = gm
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
