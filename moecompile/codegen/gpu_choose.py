@@ -133,7 +133,8 @@ def closed_form(family: str, spec: ExpertsSpec | RouterSpec, tokens: int, target
             wanted = Config(block, 64 if sums > 1 else 128, 64, 4, 4)
         else:
             wide = target.backend == "cuda" and target.arch in (90, 100) and family == "up"
-            wanted = Config(block, 128 if sums == 1 or wide else 64, 64, 8, 3)
+            narrow = family == "grad_z"  # its epilogue holds the projections, the activation and its derivatives
+            wanted = Config(block, 128 if (sums == 1 and not narrow) or wide else 64, 64, 8, 3)
         return _fit(wanted, (n, k), sums, spec.dtype, target)
     raise ValueError(f"no such kernel family: {family!r}")
 
