@@ -116,13 +116,14 @@ def describe(mode: str | None = None, options: Mapping[str, Any] | None = None) 
     ours, _ = _sort(options or {})
     if mode is not None:
         ours["mode"] = mode
-    lines = []
+    rows = []
     for option in TABLE:
         value, origin = _look_up(option, ours)
         shown = str(cache_dir()) if option.name == "cache_dir" else _plain(value)
-        lines.append(f"{option.name:10} {shown:12} {origin:12} {option.variable:22} {option.help} ({_values(option)})")
-    lines += [f"{name:10} {value!s:12} for Inductor" for name, value in sorted(settings.inductor.items())]
-    return "\n".join(lines)
+        rows.append([option.name, shown, origin, option.variable, f"{option.help} ({_values(option)})"])
+    rows += [[name, str(value), "Inductor's", "", ""] for name, value in sorted(settings.inductor.items())]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join("  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]).rstrip() for row in rows)
 
 
 def markdown() -> str:
