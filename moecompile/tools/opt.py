@@ -1,0 +1,83 @@
+"""The `moe-opt` command: print a graph between passes.
+
+    moe-opt FILE                     the graph as captured, and after every pass of the pipeline
+    moe-opt FILE -p pass-a,pass-b    after these passes, in this order
+    moe-opt --list                   the pipeline, one pass a line
+
+FILE is Python with a function example() -> (module or function, inputs); it is run as it is, so open it before you trust it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="moe-opt", description="Print the graph of FILE's example() between passes.")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="Python with example() -> (module or function, inputs)")
+    parser.add_argument("-p", "--passes", metavar="NAME,..", help="passes to run, in this order (default: the pipeline)")
+    parser.add_argument("-l", "--last", action="store_true", help="print only the graph after the last pass")
+    parser.add_argument("--list", action="store_true", help="list the pipeline")
+    given = parser.parse_args(arguments)
+    from moecompile.passes import PASSES
+
+    if given.list:
+        width = max(map(len, PASSES))
+        for name, entry in PASSES.items():
+            print(f"{name:{width}}  {entry.summary}")
+        return 0
+    if given.file is None:
+        parser.error("FILE or --list is needed")
+    names = list(PASSES) if given.passes is None else [n for n in given.passes.split(",") if n]
+    for name in names:
+        if name not in PASSES:
+            nearest = difflib.get_close_matches(name, PASSES, 1, 0.0)
+            parser.error(f"unknown pass {name!r} (did you mean {nearest[0]!r}?); moe-opt --list prints them all")
+    gm, inputs = capture(given.file)
+    show(gm, inputs, names, given.last)
+    return 0
+
+
+def capture(file: str) -> tuple[fx.GraphModule, list[Any]]:
+    """The Dynamo graph of the file's example() and its inputs. ValueError where there is no single graph."""
+    import torch
+
+    scope = runpy.run_path(file)
+    if "example" not in scope:
+        raise ValueError(f"{file}: has no function example() -> (module or function, inputs)")
+    function, inputs = scope["example"]()
+    graphs: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        graphs.append((gm, example_inputs))
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=record, fullgraph=True)(*inputs)
+    if len(graphs) != 1:
+        raise ValueError(f"{file}: example() gives {len(graphs)} graphs, needs 1")
+    return graphs[0]
+
+
+def show(gm: fx.GraphModule, inputs: list[Any], names: Sequence[str], only_last: bool = False) -> None:
+    """Print the graph as captured and after each pass, verified in between."""
+    from moecompile.ir import printer
+    from moecompile.passes import PASSES
+
+    if not only_last or not names:
+        print(f"// captured\n{printer.text(gm)}")
+    for name in names:
+        gm = PASSES[name].run(gm)
+        if not only_last or name == names[-1]:
+            print(f"\n// after {name}\n{printer.text(gm)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
