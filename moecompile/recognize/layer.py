@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from moecompile.errors import Unsupported
 from moecompile.ir.spec import ExpertsSpec, Groups, MoESpec, OutOfRange, RouterSpec, Weight, WeightOn
@@ -18,10 +18,8 @@ from moecompile.recognize.roles import (
     DENSE_SPACE,
     TOKEN_SPACE,
     Chosen,
-    DenseWeights,
     PairExpr,
     Ref,
-    Routing,
     Stack,
     Tree,
     Weights,
@@ -36,8 +34,6 @@ class Router:
     spec: RouterSpec
     logits: Ref
     bias: Ref | None
-    weights: Tensor  # the value (on the walk's fake tensors) that holds the weights, [T,K] or [T,E]
-    ids: Tensor | None
 
 
 @dataclass
@@ -52,8 +48,6 @@ class Layer:
     ids: Ref
     weights: Weights | None
     params: list[tuple[Ref, torch.dtype | None]]  # each with the cast that the graph applies before use
-    router: Router | None
-    router_reason: str
     walk: Walk
 
     def refs(self) -> Iterator[Ref]:
@@ -177,18 +171,8 @@ def _layer(walk: Walk, end: End) -> Layer:
         out_of_range = OutOfRange.SKIP if routing.choice is not None else OutOfRange.INDEX
     spec = parsed.spec(k, out_of_range, end.tensor.dtype)
     _need(D.sizes(role.dims)[1] == spec.out_features, "the output has other features than the experts give")
-    router, reason = None, "the weights and ids come from code that is not a known router"
-    if weights is not None:
-        try:
-            router = _router(walk, weights, routing, k)
-        except Unsupported as e:
-            reason = str(e)
-    elif routing.choice is not None:
-        reason = "no routing weights"
-    if weights is not None and router is None:
-        weights = _held(walk, weights)
     return Layer(
-        MoESpec(router.spec if router else None, spec),
+        MoESpec(None, spec),
         _form(space, parsed),
         end,
         x,
@@ -196,8 +180,6 @@ def _layer(walk: Walk, end: End) -> Layer:
         ids,
         weights,
         parsed.params(),
-        router,
-        "" if router else reason,
         walk,
     )
 
@@ -212,15 +194,6 @@ def _form(space: Any, parsed: _Experts) -> str:
     if space == DENSE_SPACE:
         return "every expert on every token"
     return "loop over experts" if space.kind == "subset" else "sorted rows, grouped matmul"
-
-
-def _held(walk: Walk, weights: Weights) -> Weights:
-    """The weights as a live-in that a node holds."""
-    if weights.ref is not None:
-        return weights
-    ref = walk.mode.ref(weights.base)
-    _need(ref is not None, "no node holds the routing weights")
-    return dataclasses.replace(weights, ref=ref)
 
 
 def _is_zero_at_zero(parsed: _Experts) -> bool:
@@ -493,13 +466,13 @@ def _name(e: PairExpr) -> str:
 # ---------------------------------------------------------------- the router half
 
 
-def _router(walk: Walk, weights: Weights, routing: Routing, k: int) -> Router:
-    """The router's spec from the trees of its choice and its weights."""
-    if weights.tree is None or weights.routing is None or routing.choice is None:
+def router_of(walk: Walk, weights: Chosen) -> Router:
+    """The router whose chosen weights these are. Unsupported where its form is not in the grammar of RouterSpec."""
+    routing, k = weights.routing, weights.routing.top_k
+    if routing.choice is None:
         raise Unsupported("the weights and ids come from code that is not a known router")
-    _need(routing.top_k == k, "the router chooses another number of experts")
     current = walk.mode.get(weights.base)
-    _need(isinstance(current, (Chosen, DenseWeights)) and current.tree == weights.tree, "the routing weights are overwritten")
+    _need(isinstance(current, Chosen) and current.tree == weights.tree, "the routing weights are overwritten")
     choice, bias, groups = routing.choice, None, None
     if choice[0] == "group":
         _, choice, count, kept, how, fill = choice
@@ -511,7 +484,7 @@ def _router(walk: Walk, weights: Weights, routing: Routing, k: int) -> Router:
     spec = RouterSpec(
         routing.num_classes, k, score, score_dtype, bias is not None, groups, source, tuple(post), routing.sorted
     )
-    return Router(spec, logits, bias, weights.base, None)
+    return Router(spec, logits, bias)
 
 
 def _score(tree: Tree) -> tuple[str, torch.dtype, Ref]:

@@ -160,6 +160,9 @@ def _gather(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, **_: A
     if not isinstance(ids, Ids) or ids.clamped:
         return None
     role = c.get(x)
+    if isinstance(role, DenseWeights):
+        same = role.routing is ids.routing and role.tree is not None and role.dims[:-1] == ids.dims[:-1]
+        return Chosen(ids.dims, role.tree, ids.routing) if same and is_last(role, dim, {"e"}) else None
     if isinstance(role, Scores):
         scores = role
     elif ids.routing.choice is not None:

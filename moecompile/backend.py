@@ -1,0 +1,112 @@
+"""torch.compile(model, backend="moe"): the whole flow.
+
+    capture    Dynamo traces with its data-dependent settings on, for this backend only        runtime.capture
+    rewrite    passes on a copy of the graph: fuse-experts, fuse-router; the verifier after each   passes
+    lower      Inductor compiles the rest; each moe.* op runs its device's kernel when called     codegen, runtime
+    report     what matched, what did not and why                                                 report
+
+Nothing here can make a program fail that would have run without it: the passes work on a copy, and where they or the
+compilation of their result fail, the original graph is compiled (option `strict`: the failure is raised).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
+
+from moecompile import __version__, config, report
+from moecompile.codegen import target
+from moecompile.config import Settings
+from moecompile.errors import Unsupported
+from moecompile.ir import ops, surgery
+from moecompile.passes import Context, pipeline
+from moecompile.runtime import capture, fallback
+
+log = logging.getLogger("moecompile.backend")
+
+# How Dynamo and Inductor ask for another trace, and what no fallback can mend.
+CONTROL_FLOW = (RestartAnalysis, SkipFrame, MemoryError)
+
+
+def moe(
+    gm: fx.GraphModule, example_inputs: list[Any], *, mode: str | None = None, options: dict[str, Any] | None = None, **_: Any
+) -> Callable[..., Any]:
+    """The backend torch.compile calls for each graph. May be called twice for one graph; ValueError for bad options."""
+    settings = config.resolve(mode, options)
+    target.bind_all()
+    candidate = rewrite(gm, settings)
+    if candidate is not None:
+        try:
+            return lower(candidate, example_inputs, settings)
+        except CONTROL_FLOW:
+            raise
+        except Exception as e:
+            if settings.strict:
+                raise
+            report.internal_failure("compiling the rewritten graph", e, settings)
+    return lower(gm, example_inputs, settings)
+
+
+def rewrite(gm: fx.GraphModule, settings: Settings) -> fx.GraphModule | None:
+    """A rewritten copy of gm, or None where there is nothing to rewrite (or rewriting failed)."""
+    context = Context(
+        supports_experts=lambda spec, device, train: target.supports_experts(spec, device, train, settings.kernels),
+        supports_router=lambda spec, device: target.supports_router(spec, device, settings.kernels),
+        train=torch.is_grad_enabled(),
+        router=settings.router,
+    )
+    try:
+        candidate = surgery.copy_of(gm)
+        for graph_pass in pipeline():
+            candidate = graph_pass.run(candidate, context)
+    except CONTROL_FLOW:
+        raise
+    except Exception as e:
+        if settings.strict:
+            raise
+        report.internal_failure("rewriting", e, settings)
+        return None
+    report.add(gm, candidate, context.entries)
+    declined = [e for e in context.entries if e.status == "declined"]
+    if declined and settings.fallback == "error":
+        raise Unsupported("; ".join(f"{e.node}: {e.reason}" for e in declined) + " (options={'fallback': 'error'})")
+    if declined and settings.fallback == "warn":
+        for e in declined:
+            message = f"moecompile: a layer runs as it was written ({e.node}): {e.reason}"
+            report.warn_once(message)
+    for name, original in context.regions.items():
+        fallback.register(name, original, settings.fallback, settings.verify)
+    if not any(e.status == "fused" for e in context.entries):
+        return None
+    return candidate
+
+
+def lower(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings) -> Callable[..., Any]:
+    """Compile a graph that may hold moe.* ops."""
+    if settings.inner == "eager":
+        return gm.forward
+    if settings.inner == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, example_inputs)  # type: ignore[no-any-return]
+    from torch._inductor.compile_fx import compile_fx
+
+    # Inductor's caches know an op by name, not by what its Python code does: the tag keeps releases apart.
+    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}moecompile-{__version__}-{ops.ABI}"):
+        return compile_fx(gm, example_inputs, config_patches=settings.inductor or None)  # type: ignore[no-any-return]
+
+
+def reset() -> None:
+    """Called by torch._dynamo.reset()."""
+    report.reset()
+    fallback.reset()
+
+
+moe.reset = reset  # type: ignore[attr-defined]
+moe.backend_ctx_ctor = capture.Scope  # type: ignore[attr-defined]
+capture.install(moe)

@@ -1,0 +1,140 @@
+"""Cutting and mending Dynamo graphs: copy, slice, cut out, erase.
+
+A Dynamo graph has in-place nodes without users: `eliminate_dead_code` would delete them, so nothing here calls it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+# Nodes that only ask or assert the sizes of what they read: they go with it.
+_SIZE_QUERIES = {
+    "size", "sym_size", "sym_size.int", "numel", "item", "_assert_scalar", "_check", "_check_is_size", "sym_constrain_range_for_size",
+    "ge", "le", "gt", "lt", "eq", "ne", "add", "sub", "mul", "floordiv", "mod", "sym_sum", "sym_max", "sym_min",
+}  # fmt: skip
+
+
+def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph in new nodes with their meta; parameters are shared, child graphs copied too."""
+    graph: fx.Graph = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    result, old_output = graph.graph_copy(gm.graph, nodes, return_output_node=True)  # type: ignore[misc]
+    output = graph.output(result)
+    output.meta.update(old_output.meta)
+    for old, new in nodes.items():
+        new.meta.update(old.meta)
+    copied = fx.GraphModule(gm, graph)
+    copied.meta.update(gm.meta)
+    for name, child in list(gm.named_children()):
+        if isinstance(child, fx.GraphModule):
+            setattr(copied, name, copy_of(child))
+    return copied
+
+
+def name_of(n: fx.Node) -> str:
+    return n.target if isinstance(n.target, str) else str(getattr(n.target, "__name__", n.target))
+
+
+def slice_of(end: fx.Node, inputs: set[fx.Node], writers: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """The nodes that compute `end` from `inputs`: through arguments, and through the in-place nodes that wrote them."""
+    found: set[fx.Node] = set()
+    todo = [end]
+    while todo:
+        n = todo.pop()
+        if n in found or n in inputs or n.op in ("placeholder", "get_attr"):
+            continue
+        found.add(n)
+        todo.extend(n.all_input_nodes)
+        todo.extend(writers(n))
+    return found
+
+
+def with_size_queries(nodes: set[fx.Node], order: Iterable[fx.Node]) -> set[fx.Node]:
+    """`nodes` and those that only ask for, compute with or assert their sizes."""
+    found = set(nodes)
+    for n in order:
+        value = n.meta.get("example_value", n.meta.get("val"))
+        scalar = value is None or isinstance(value, (torch.SymInt, torch.SymBool, int, bool))
+        if n not in found and n.op in ("call_function", "call_method") and scalar and name_of(n) in _SIZE_QUERIES:
+            reads = n.all_input_nodes
+            if reads and all(m in found for m in reads):
+                found.add(n)
+    return found
+
+
+def erase(
+    graph: fx.Graph, candidates: set[fx.Node], written: Callable[[fx.Node], Iterable[fx.Node]], step: Mapping[fx.Node, int]
+) -> int:
+    """Erase what is dead among `candidates`. The number of erased nodes.
+
+    `written(n)`: the nodes that hold a storage n writes in place, n apart. Such an n is dead only if none of them is read
+    after it by a node that stays.
+    """
+    dead = set(candidates)
+    changed = True
+    while changed:
+        changed = False
+        for n in list(dead):
+            alive = any(u not in dead for u in n.users)
+            for m in written(n):
+                alive = alive or m.op == "placeholder"
+                alive = alive or any(u not in dead and step.get(u, 1 << 60) > step[n] for u in m.users)
+            if alive:
+                dead.discard(n)
+                changed = True
+    for n in reversed(list(graph.nodes)):
+        if n in dead:
+            graph.erase_node(n)
+    return len(dead)
+
+
+def cut(gm: fx.GraphModule, nodes: set[fx.Node], inputs: list[fx.Node], output: fx.Node, returned: fx.Node) -> fx.GraphModule:
+    """The given nodes, in graph order, as a module of `inputs` that returns `returned` as it is after `output`.
+
+    KeyError where a node reads something that is neither among `nodes` nor `inputs`.
+    """
+    graph = fx.Graph()
+    here: dict[fx.Node, fx.Node] = {n: graph.placeholder(n.name) for n in inputs}
+    for n in gm.graph.nodes:
+        if n in nodes and n not in here:
+            here[n] = graph.node_copy(n, here.__getitem__)
+        if n is output:
+            break
+    graph.output(here[returned])
+    return fx.GraphModule(gm, graph)
+
+
+def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
+    """A call whose example value is computed from those of its arguments, with the stack trace of `like`.
+
+    `target` is a function, or a method name. New nodes must not put guards on sizes: pass none that compares sizes.
+    """
+
+    def value(n: fx.Node) -> Any:
+        return n.meta.get("example_value", n.meta.get("val"))
+
+    key = "val" if "val" in like.meta and "example_value" not in like.meta else "example_value"
+    given = fx.map_arg(args, value)
+    mode = next(t.fake_mode for t in torch.utils._pytree.tree_leaves(given) if isinstance(t, Tensor) and hasattr(t, "fake_mode"))
+    with mode, torch.no_grad():
+        out = getattr(given[0], target)(*given[1:]) if isinstance(target, str) else target(*given)
+    node = graph.call_method(target, args) if isinstance(target, str) else graph.call_function(target, args)
+    node.meta[key] = out
+    if "stack_trace" in like.meta:
+        node.meta["stack_trace"] = like.meta["stack_trace"]
+    return node
+
+
+def call_getitem(graph: fx.Graph, of: fx.Node, position: int, like: fx.Node) -> fx.Node:
+    """of[position], for a node that returns several tensors."""
+    key = "example_value" if "example_value" in of.meta else "val"
+    node = graph.call_function(operator.getitem, (of, position))
+    node.meta[key] = of.meta[key][position]
+    if "stack_trace" in like.meta:
+        node.meta["stack_trace"] = like.meta["stack_trace"]
+    return node

@@ -1,0 +1,98 @@
+"""What a private moe.* op does when it is called: the device's kernel, or what stands in for it.
+
+    kernel     unless the region's kernel failed before
+    fallback   the original nodes of the layer (runtime.fallback), or the reference in a process that does not have them
+    verify     both, for the first calls of a region that asked for it
+
+A layer that runs its backward by the original nodes also ran its forward so: `saved` is then empty of meaning and unread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moecompile.ir import ops
+from moecompile.ir.spec import experts_from_text
+from moecompile.runtime import fallback
+
+
+class Dispatch:
+    """An Implementation around a device's own: same results, whatever happens to the kernel."""
+
+    def __init__(self, kernels: ops.Implementation) -> None:
+        self.kernels = kernels
+        self.reference = ops.Reference()
+
+    def route(self, logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
+        r = fallback.region("route:" + spec)
+        if not r.broken:
+            try:
+                return self.kernels.route(logits, bias, spec)
+            except Exception as e:
+                fallback.failed(r, e)
+        return self.reference.route(logits, bias, spec)
+
+    def experts(
+        self, x: Tensor, weights: Tensor | None, ids: Tensor, params: Sequence[Tensor], sizes: Sequence[int], spec: str, region: str
+    ) -> Tensor:
+        r = fallback.region(region)
+        if not r.broken:
+            try:
+                out = self.kernels.experts(x, weights, ids, params, sizes, spec, region)
+            except IndexError:
+                raise  # the caller's ids, not the kernel
+            except Exception as e:
+                fallback.failed(r, e)
+            else:
+                if r.verify > len(r.verified):
+                    self._verify(r, spec, out, x, weights, ids, params, sizes)
+                return out
+        return self._original(r, x, weights, ids, params, sizes, spec)
+
+    def experts_train(self, x, weights, ids, params, sizes, spec, region):  # type: ignore[no-untyped-def]
+        r = fallback.region(region)
+        if not r.broken:
+            try:
+                out, saved = self.kernels.experts_train(x, weights, ids, params, sizes, spec, region)
+            except IndexError:
+                raise
+            except Exception as e:
+                fallback.failed(r, e)
+            else:
+                if r.verify > len(r.verified):
+                    self._verify(r, spec, out, x, weights, ids, params, sizes)
+                return out, saved
+        s = experts_from_text(spec)
+        saved = x.new_zeros(ids.numel(), len(s.projections) * s.intermediate, dtype=s.dtype)
+        return self._original(r, x, weights, ids, params, sizes, spec), saved
+
+    def experts_bwd(self, grad, x, weights, ids, params, sizes, spec, region, saved, needs):  # type: ignore[no-untyped-def]
+        r = fallback.region(region)
+        forward = fallback.original(r, experts_from_text(spec), ids, sizes)
+        if not r.broken:
+            try:
+                found = self.kernels.experts_bwd(grad, x, weights, ids, params, sizes, spec, region, saved, needs)
+            except Exception as e:
+                fallback.failed(r, e)
+            else:
+                if r.verify and len(r.verified) < 2 * r.verify:
+                    want = ops.gradients(forward, grad, x, weights, params, needs)
+                    length = max(x.shape[0], x.shape[1], grad.shape[1])
+                    fallback.compare(r, spec, "the backward", found, want, length)
+                return found
+        return ops.gradients(forward, grad, x, weights, params, needs)
+
+    def _original(self, r: fallback.Region, x: Tensor, weights: Any, ids: Tensor, params: Any, sizes: Any, spec: str) -> Tensor:
+        fallback.COUNTS["fallback"] += 1
+        with torch.no_grad():
+            return fallback.original(r, experts_from_text(spec), ids, sizes)(x, weights, params)
+
+    def _verify(self, r: fallback.Region, spec: str, out: Tensor, x: Tensor, weights: Any, ids: Tensor, params: Any, sizes: Any) -> None:
+        s = experts_from_text(spec)
+        with torch.no_grad():
+            want = fallback.original(r, s, ids, sizes)(x, weights, params)
+        fallback.compare(r, spec, "the forward", [out], [want], max(s.hidden, s.intermediate))

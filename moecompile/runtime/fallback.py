@@ -1,0 +1,123 @@
+"""What runs when a kernel does not: the original nodes of the layer, kept here under the region's name.
+
+Also counts and says so, once per layer, and compares the two while `verify` asks for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from moecompile.errors import VerifyError
+from moecompile.ir import reference
+from moecompile.ir.spec import ExpertsSpec, experts_from_text
+
+log = logging.getLogger("moecompile.runtime")
+
+
+@dataclass
+class Region:
+    """One layer's original nodes and what is known of its kernel."""
+
+    original: fx.GraphModule | None
+    policy: str = "warn"
+    verify: int = 0
+    broken: str = ""
+    verified: list[float] = field(default_factory=list)  # the largest difference of each compared call, in units of tolerance
+
+
+_REGIONS: dict[str, Region] = {}
+COUNTS: Counter[str] = Counter()  # calls by outcome: "kernel", "fallback", "verified"
+_lock = threading.Lock()
+
+
+def register(name: str, original: fx.GraphModule, policy: str, verify: int) -> None:
+    """Keep a layer's original nodes. Registering a name again renews its policy."""
+    with _lock:
+        known = _REGIONS.get(name)
+        if known is None:
+            _REGIONS[name] = Region(original, policy, verify)
+        else:
+            known.policy, known.verify = policy, verify
+
+
+def region(name: str) -> Region:
+    """The region of that name; a process that did not compile the graph itself has only the reference."""
+    found = _REGIONS.get(name)
+    if found is None:
+        with _lock:
+            found = _REGIONS.setdefault(name, Region(None))
+    return found
+
+
+def reset() -> None:
+    """Forget counts and broken kernels; regions stay, compiled graphs may still name them."""
+    COUNTS.clear()
+    for r in _REGIONS.values():
+        r.broken = ""
+
+
+def failed(r: Region, e: Exception) -> None:
+    """Note that a layer's kernel failed: it is not tried again."""
+    if r.policy == "error":
+        raise e
+    if not r.broken:
+        r.broken = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+        message = f"moecompile: a kernel failed, the original code runs from now on: {r.broken}"
+        log.warning(message)
+        if r.policy == "warn":
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+Forward = Callable[[Tensor, "Tensor | None", Sequence[Tensor]], Tensor]
+
+
+def original(r: Region, spec: ExpertsSpec, ids: Tensor, sizes: Sequence[int]) -> Forward:
+    """The layer as its author wrote it, or the reference, as a function of what has gradients."""
+
+    def forward(x: Tensor, weights: Tensor | None, params: Sequence[Tensor]) -> Tensor:
+        if r.original is None:
+            return reference.experts(spec, x, weights, ids, params)
+        given = [x, *([] if weights is None else [weights]), ids, *params, *sizes]
+        out = r.original(*given)
+        assert isinstance(out, Tensor)
+        return out.contiguous()
+
+    return forward
+
+
+def compare(r: Region, spec_text: str, what: str, got: Sequence[Tensor], want: Sequence[Tensor], length: int) -> None:
+    """Note the largest difference in units of what the dtype explains; VerifyError where it is more."""
+    worst = 0.0
+    for a, b in zip(got, want, strict=True):
+        if a.numel() == 0 or b.numel() == 0:
+            continue
+        eps = torch.finfo(b.dtype).eps
+        x, y = a.double(), b.double()
+        same = (x == y) | (x.isnan() & y.isnan())
+        scale = y[y.isfinite()].abs().max() if bool(y.isfinite().any()) else torch.ones((), dtype=y.dtype)
+        allowed = 8 * eps * max(length, 1) ** 0.5 * scale.clamp(min=1e-30)
+        difference = torch.where(same, torch.zeros_like(x), (x - y).abs() / allowed)
+        worst = max(worst, float(difference.nan_to_num(nan=float("inf")).max()))
+    COUNTS["verified"] += 1
+    r.verified.append(worst)
+    if worst > 1:
+        s = experts_from_text(spec_text)
+        message = (
+            f"verify: {what} differs from the original by {worst:.3g} times what {s.dtype} explains "
+            f"(E={s.num_experts} K={s.top_k} H={s.hidden} F={s.intermediate})"
+        )
+        if r.policy == "error":
+            raise VerifyError(message)
+        log.warning(message)
+        if r.policy == "warn":
+            warnings.warn(f"moecompile: {message}", RuntimeWarning, stacklevel=3)
+
+

@@ -1,0 +1,210 @@
+"""Replace the experts of every recognised layer by one op.
+
+    Before:  %rows = getitem(%x, %token)           After:  %y = moe.experts(%x, %weights, %ids, [%gate_up, %down])
+             %h    = _grouped_mm(%rows, %w1, ..)
+             ..    (any form: sorted, gathered, looped, dense)
+             %y    = sum(%weighted, 1)
+
+Needs: nothing (walks the graph itself).  Changes rounding: sums and activation are in float32, rounded once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from moecompile.errors import Unsupported
+from moecompile.ir import surgery
+from moecompile.ir.spec import ExpertsSpec
+from moecompile.passes import Context, Entry, Phase, graph_pass
+from moecompile.recognize.layer import Layer, layers
+from moecompile.recognize.roles import Ref
+from moecompile.recognize.walk import Walk, walk
+
+
+@graph_pass("fuse-experts", Phase.REWRITE)
+def fuse_experts(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
+    """Every layer found in gm and in its child graphs becomes a moe.experts node, where a kernel supports it."""
+    _fuse(gm, walk(gm), context)
+    return gm
+
+
+def _fuse(gm: fx.GraphModule, found: Walk, context: Context) -> None:
+    for _, name, child in found.children:
+        _fuse(gm.get_submodule(name), child, context)  # type: ignore[arg-type]
+    complete, missed = layers(found)
+    for layer in complete:
+        entry = Entry("fused", layer.output.name, layer.form, layer.spec.experts, stack_trace=_trace(layer.output))
+        try:
+            _Replacement(gm, layer, context, entry).do()
+        except Unsupported as e:
+            entry.status, entry.reason = "declined", str(e)
+        context.entries.append(entry)
+    for miss in missed:
+        name = miss.node.name if miss.node is not None else ""
+        context.entries.append(Entry("declined", name, reason=miss.reason, stack_trace=_trace(miss.node)))
+    gm.recompile()
+
+
+def _trace(n: fx.Node | None) -> str:
+    return str(n.meta.get("stack_trace", "")) if n is not None else ""
+
+
+class _Replacement:
+    """One layer's nodes by one node."""
+
+    def __init__(self, gm: fx.GraphModule, layer: Layer, context: Context, entry: Entry) -> None:
+        self.gm, self.graph, self.layer, self.context, self.entry = gm, gm.graph, layer, context, entry
+        self.walk, self.mode, self.end = layer.walk, layer.walk.mode, layer.end
+        self.spec: ExpertsSpec = layer.spec.experts
+
+    def do(self) -> None:
+        layer, end = self.layer, self.end
+        device = end.tensor.device
+        reason = self.context.supports_experts(self.spec, device, self.context.train)
+        if reason:
+            raise Unsupported(reason)
+        weights = self.weights_ref()
+        reads: list[Ref] = [*layer.refs(), *([weights] if weights is not None else [])]
+        for ref in reads:
+            self.check_unwritten(ref)
+        self.check_aliases()
+        inputs = list(dict.fromkeys(r.node for r in reads))
+        nodes = surgery.slice_of(end.node, set(inputs), self.writers_of)
+        region = self.cut_out(nodes, reads, weights)
+        self.insert(weights, region)
+        candidates = surgery.with_size_queries(nodes, self.walk.nodes)
+        surgery.erase(self.graph, candidates, self.written_by, self.walk.step)
+
+    # ------------------------------------------------------------ checks
+
+    def weights_ref(self) -> Ref | None:
+        w = self.layer.weights
+        if w is None:
+            return None
+        ref = w.ref if w.ref is not None else self.mode.ref(w.base)
+        if ref is None:
+            raise Unsupported("no node holds the routing weights")
+        return ref
+
+    def check_unwritten(self, ref: Ref) -> None:
+        writes = self.mode.written.get(ref.storage, [])
+        if any(ref.step < s <= self.end.step for s in writes):
+            raise Unsupported(f"{ref.node.name} is overwritten between its use in the layer and the layer's end")
+
+    def check_aliases(self) -> None:
+        """Nothing else may look at the output's memory: the new output lies elsewhere."""
+        key = self.mode.key(self.end.tensor)
+        for n, v in self.walk.values.items():
+            if isinstance(v, Tensor) and self.mode.key(v) == key and v is not self.end.tensor:
+                made_before = self.walk.step[n] <= self.end.step
+                if made_before and (n.op == "placeholder" or any(self.step(u) > self.end.step for u in n.users)):
+                    raise Unsupported(f"{n.name}, a view of the layer's output made before it was complete, is used later")
+
+    def step(self, n: fx.Node) -> int:
+        return self.walk.step.get(n, 1 << 60)
+
+    # ------------------------------------------------------------ storages
+
+    def holders(self, key: object) -> list[fx.Node]:
+        return [n for n, v in self.walk.values.items() if isinstance(v, Tensor) and self.mode.key(v) == key]
+
+    def writers_of(self, n: fx.Node) -> list[fx.Node]:
+        """The nodes up to the end that write a storage n holds."""
+        v = self.walk.values.get(n)
+        if not isinstance(v, Tensor):
+            return []
+        return [self.walk.nodes[s] for s in self.mode.written.get(self.mode.key(v), []) if s <= self.end.step]
+
+    def written_by(self, n: fx.Node) -> list[fx.Node]:
+        """The other nodes that hold a storage n writes."""
+        at = self.walk.step.get(n)
+        keys = [k for k, steps in self.mode.written.items() if at in steps]
+        return [m for k in keys for m in self.holders(k) if m is not n]
+
+    # ------------------------------------------------------------ the original, kept
+
+    def cut_out(self, nodes: set[fx.Node], reads: list[Ref], weights: Ref | None) -> str:
+        """Keep the original nodes under a name, as a function of (x, weights, ids, params, sizes). "" if they read more."""
+        layer = self.layer
+        params = [ref.node for ref, _ in layer.params]
+        given = [layer.x.node, *([weights.node] if weights is not None else []), layer.ids.node, *params]
+        if len(set(given)) != len(given):
+            return ""
+        self.sizes = [n for n in self.walk.nodes if n.op == "placeholder" and self.is_size(n) and any(u in nodes for u in n.users)]
+        returned = self.walk.holders[id(self.end.tensor)][0]
+        try:
+            original = surgery.cut(self.gm, nodes, [*given, *self.sizes], self.end.node, returned)
+        except KeyError:
+            self.sizes = []
+            return ""
+        name = hashlib.sha256((original.code + self.spec.text()).encode()).hexdigest()[:16]
+        self.context.regions[name] = original
+        return name
+
+    def is_size(self, n: fx.Node) -> bool:
+        return isinstance(n.meta.get("example_value", n.meta.get("val")), torch.SymInt)
+
+    # ------------------------------------------------------------ the new node
+
+    def insert(self, weights: Ref | None, region: str) -> None:
+        layer, graph = self.layer, self.graph
+        like = self.walk.holders[id(self.end.tensor)][0]
+        anchor = self.end.node
+        with graph.inserting_before(anchor.next):
+            x = self.flat(self.unshared(layer.x), layer.x_cast)
+            ids = self.flat(self.unshared(layer.ids), None, self.spec.top_k)
+            w = self.flat_weights(weights, ids)
+            params = [self.param(ref, cast) for ref, cast in layer.params]
+            new = graph.call_function(
+                torch.ops.moe.experts.default,
+                (x, w, ids, params, getattr(self, "sizes", []) if region else [], self.spec.text(), region),
+            )
+        key = "val" if "val" in like.meta and "example_value" not in like.meta else "example_value"
+        new.meta.update(like.meta)
+        new.meta[key] = like.meta.get(key)
+        if "stack_trace" in self.end.node.meta:
+            new.meta["stack_trace"] = self.end.node.meta["stack_trace"]
+        for holder in self.walk.holders[id(self.end.tensor)]:
+            for user in list(holder.users):
+                if self.step(user) > self.end.step and user is not new:
+                    user.replace_input_with(holder, new)
+        self.entry.node, self.entry.region = new.name, region
+
+    def unshared(self, ref: Ref) -> fx.Node:
+        """The node, or a copy of it where the value is overwritten later and the op's backward would still need it."""
+        if self.context.train and any(s > self.end.step for s in self.mode.written.get(ref.storage, [])):
+            return surgery.call(self.graph, "clone", (ref.node,), self.end.node)
+        return ref.node
+
+    def flat(self, n: fx.Node, cast: torch.dtype | None, last: int = 0) -> fx.Node:
+        """n as [rows, last dimension], cast."""
+        value = self.example(n)
+        if cast is not None and value.dtype != cast:
+            n = surgery.call(self.graph, "to", (n, cast), self.end.node)
+        if value.dim() == 2 and last in (0, int(value.shape[-1])):
+            return n
+        if value.dim() > 2 and last in (0, int(value.shape[-1])):
+            return surgery.call(self.graph, "flatten", (n, 0, -2), self.end.node)
+        return surgery.call(self.graph, "reshape", (n, -1, last), self.end.node)
+
+    def flat_weights(self, weights: Ref | None, ids: fx.Node) -> fx.Node | None:
+        if weights is None:
+            return None
+        assert self.layer.weights is not None
+        n = self.unshared(weights)
+        if self.layer.weights.dense:
+            return surgery.call(self.graph, "gather", (self.flat(n, None), 1, ids), self.end.node)
+        value, k = self.example(n), self.spec.top_k
+        if value.dim() >= 2 and isinstance(value.shape[-1], int) and value.shape[-1] == k:
+            return self.flat(n, None, k)
+        return surgery.call(self.graph, "reshape", (n, -1, k), self.end.node)
+
+    def param(self, ref: Ref, cast: torch.dtype | None) -> fx.Node:
+        return ref.node if cast is None else surgery.call(self.graph, "to", (ref.node, cast), self.end.node)
+
+    def example(self, n: fx.Node) -> Any:
+        return n.meta.get("example_value", n.meta.get("val"))

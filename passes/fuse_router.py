@@ -1,0 +1,143 @@
+"""Replace the router of every moe.experts node by one op.
+
+    Before:  %p = softmax(%logits)                 After:  %route = moe.route(%logits, %bias)
+             %w, %ids = topk(%p, 2)                        %y = moe.experts(%x, %route[0], %route[1], ..)
+             %w = truediv(%w, sum(%w))
+             %y = moe.experts(%x, %w, %ids, ..)
+
+Needs: fuse-experts.  Changes rounding only of scores that are exponentials; ids are those of aten.topk.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from moecompile.errors import Unsupported
+from moecompile.ir import surgery
+from moecompile.passes import Context, Entry, Phase, graph_pass
+from moecompile.recognize.layer import Router, router_of
+from moecompile.recognize.roles import Chosen, Ids, Ref
+from moecompile.recognize.walk import Walk, walk
+
+
+@graph_pass("fuse-router", Phase.REWRITE, after=("fuse-experts",))
+def fuse_router(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
+    """The weights and ids of every moe.experts node come from moe.route, where the router's form is known."""
+    if context.router and any(True for _ in _experts(gm)):
+        _fuse(gm, walk(gm), context)
+    return gm
+
+
+def _experts(gm: fx.GraphModule) -> list[fx.Node]:
+    found = [n for n in gm.graph.nodes if n.target is torch.ops.moe.experts.default]
+    for child in gm.children():
+        if isinstance(child, fx.GraphModule):
+            found += _experts(child)
+    return found
+
+
+def _fuse(gm: fx.GraphModule, found: Walk, context: Context) -> None:
+    for _, name, child in found.children:
+        _fuse(gm.get_submodule(name), child, context)  # type: ignore[arg-type]
+    entries = {e.node: e for e in context.entries}
+    for n in [m for m in found.nodes if m.target is torch.ops.moe.experts.default]:
+        entry = entries.get(n.name) or Entry("fused", n.name)
+        try:
+            entry.router = _replace(gm, found, n, context)
+            entry.router_reason = ""
+        except Unsupported as e:
+            entry.router_reason = str(e)
+    gm.recompile()
+
+
+def _need(condition: object, reason: str) -> None:
+    if not condition:
+        raise Unsupported(reason)
+
+
+def _replace(gm: fx.GraphModule, found: Walk, n: fx.Node, context: Context):  # type: ignore[no-untyped-def]
+    weights, ids = (found.values.get(a) for a in n.args[1:3])  # type: ignore[arg-type]
+    _need(n.args[1] is not None, "the experts are not weighted")
+    w, i = found.mode.get(weights), found.mode.get(ids)
+    _need(isinstance(w, Chosen) and isinstance(i, Ids) and w.routing is i.routing, "the weights and ids come from code that is not a known router")
+    assert isinstance(w, Chosen) and isinstance(i, Ids)
+    router = router_of(found, w)
+    _need(i.routing.ids is not None and isinstance(w.base, Tensor), "no node holds the router's results")
+    reason = context.supports_router(router.spec, w.base.device)
+    _need(not reason, str(reason))
+    return _Rewrite(gm, found, router, w, i).do()
+
+
+class _Rewrite:
+    def __init__(self, gm: fx.GraphModule, found: Walk, router: Router, w: Chosen, i: Ids) -> None:
+        self.gm, self.walk, self.mode, self.router = gm, found, found.mode, router
+        self.weights, self.ids = w.base, i.routing.ids.tensor  # type: ignore[union-attr]
+
+    def do(self):  # type: ignore[no-untyped-def]
+        walked, router = self.walk, self.router
+        results = [*walked.holders[id(self.weights)], *walked.holders[id(self.ids)]]
+        end = max(results, key=lambda m: walked.step[m])
+        at = walked.step[end]
+        reads = [router.logits, *([router.bias] if router.bias is not None else [])]
+        for ref in reads:
+            written = self.mode.written.get(ref.storage, [])
+            _need(not any(ref.step < s <= at for s in written), f"{ref.node.name} is overwritten inside the router")
+        for t in (self.weights, self.ids):
+            later = self.mode.written.get(self.mode.key(t), [])
+            _need(not any(s > at for s in later), "the router's results are overwritten later")
+        inputs = {r.node for r in reads}
+        nodes: set[fx.Node] = set()
+        for result in results:
+            nodes |= surgery.slice_of(result, inputs, self.writers_of(at))
+        self.check(nodes, at)
+        self.insert(reads, at)
+        surgery.erase(self.gm.graph, surgery.with_size_queries(nodes, walked.nodes), self.written_by, walked.step)
+        return router.spec
+
+    def check(self, nodes: set[fx.Node], at: int) -> None:
+        """The original choice must die: two of them need not agree on ties."""
+        ids = self.ids
+        written = [s for s in self.mode.written.get(self.mode.key(ids), []) if s <= at]
+        _need(not written, "the chosen ids are overwritten")
+        for n in nodes:
+            value = self.walk.values.get(n)
+            results = [t for t in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(t, Tensor)]
+            if not any(t is ids for t in results):
+                continue
+            for m in (h for t in results if t is not ids for h in self.walk.holders.get(id(t), [])):
+                replaced = self.walk.values.get(m) is self.weights
+                outside = [u for u in m.users if u not in nodes and not (replaced and self.step(u) > at)]
+                _need(not outside, f"{m.name}, a value inside the router, is used elsewhere too")
+
+    def step(self, n: fx.Node) -> int:
+        return self.walk.step.get(n, 1 << 60)
+
+    def writers_of(self, at: int):  # type: ignore[no-untyped-def]
+        def writers(n: fx.Node) -> list[fx.Node]:
+            v = self.walk.values.get(n)
+            if not isinstance(v, Tensor):
+                return []
+            return [self.walk.nodes[s] for s in self.mode.written.get(self.mode.key(v), []) if s <= at]
+
+        return writers
+
+    def written_by(self, n: fx.Node) -> list[fx.Node]:
+        at = self.walk.step.get(n)
+        keys = {k for k, steps in self.mode.written.items() if at in steps}
+        held = self.walk.values.items()
+        return [m for m, v in held if isinstance(v, Tensor) and self.mode.key(v) in keys and m is not n]
+
+    def insert(self, reads: list[Ref], at: int) -> None:
+        router, graph = self.router, self.gm.graph
+        bias = router.bias.node if router.bias is not None else None
+        anchor = self.walk.nodes[max(ref.step for ref in reads)]
+        with graph.inserting_before(anchor):
+            args = (router.logits.node, bias, router.spec.text())
+            route = surgery.call(graph, torch.ops.moe.route.default, args, anchor)
+            weights, ids = (surgery.call_getitem(graph, route, i, anchor) for i in range(2))
+        for tensor, new, since in ((self.weights, weights, at), (self.ids, ids, -1)):
+            for holder in self.walk.holders[id(tensor)]:
+                for user in list(holder.users):
+                    if self.step(user) > since:
+                        user.replace_input_with(holder, new)
