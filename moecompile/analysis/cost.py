@@ -3,11 +3,13 @@
 A floor is max(FLOPs / peak, bytes / bandwidth): every byte that must cross memory does so once, and the two overlap
 perfectly.  `least` is one perfect kernel; `pipeline` adds up such a maximum over the kernels we run, with the tensors that
 pass between them.  Rows gathered from x are charged once per routed row, though a cache may serve the repeats.  No launch,
-no tail, no padding and no cache residency is modelled, and D assumes uniform, independent routing (skew makes D smaller and
-the largest group larger).  A read-only stream can beat the bandwidth of a copy, so a decode kernel may pass 100 %.
+no tail, no padding and no cache residency is modelled, and unless it is given D assumes uniform, independent routing (skew
+makes D smaller and the largest group larger).  A read-only stream can beat the bandwidth of a copy, so that a decode kernel
+may pass 100 %.
 
-T tokens, K chosen per token, E experts, H hidden, F intermediate, O output features, P projections (2 gated, 1 plain),
-w and b bytes of a weight and of an activation, z = 1 where the projections are saved for a backward, r = 1 with a router.
+T tokens, K chosen per token, E experts, H hidden, F intermediate, O output features, P projections (2 gated, 1 plain), D
+distinct experts hit, w and b bytes of a weight and of an activation, z = 1 where the projections are saved for a backward,
+r = 1 with a router.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ import sympy
 from moecompile.analysis.machine import Machine
 from moecompile.ir.spec import ExpertsSpec, MoESpec
 
-T, K, E, H, F, O, P, w, b, z, r = SYMBOLS = sympy.symbols("T K E H F O P w b z r", positive=True)
+T, K, E, H, F, O, P, D, w, b, z, r = SYMBOLS = sympy.symbols("T K E H F O P D w b z r", positive=True)
 
 R = T * K  # routed rows
-DISTINCT = E * (1 - (1 - K / E) ** T)
+DISTINCT = E * (1 - (1 - K / E) ** T)  # D under uniform routing
+_DISTINCT = sympy.lambdify((T, E, K), DISTINCT, "math")
 EXPERT = F * (P * H + O)  # weight elements of one expert
 ROUTING = 8  # bytes of one id and one weight
 
@@ -43,14 +46,14 @@ _UP, _DOWN, _LOGITS = 2 * R * H * F * P, 2 * R * F * O, 2 * T * H * E
 
 FORWARD = (
     Kernel("route", r * _LOGITS, r * (T * H * b + H * E * b + R * ROUTING)),
-    Kernel("up", _UP, R * H * b + DISTINCT * P * H * F * w + R * F * b + z * R * P * F * b),
-    Kernel("down", _DOWN, R * F * b + DISTINCT * F * O * w + R * O * b),
+    Kernel("up", _UP, R * H * b + D * P * H * F * w + R * F * b + z * R * P * F * b),
+    Kernel("down", _DOWN, R * F * b + D * F * O * w + R * O * b),
     Kernel("combine", sympy.Integer(0), R * O * b + T * O * b),
 )
 BACKWARD = (
-    Kernel("dz", _DOWN, R * O * b + DISTINCT * F * O * w + 2 * R * P * F * b + R * F * b),
+    Kernel("dz", _DOWN, R * O * b + D * F * O * w + 2 * R * P * F * b + R * F * b),
     Kernel("dw_down", _DOWN, R * O * b + R * F * b + E * F * O * w),
-    Kernel("dx", _UP, R * P * F * b + DISTINCT * P * H * F * w + R * H * b),
+    Kernel("dx", _UP, R * P * F * b + D * P * H * F * w + R * H * b),
     Kernel("dw_up", _UP, R * P * F * b + R * H * b + E * P * H * F * w),
     Kernel("dx_sum", sympy.Integer(0), R * H * b + T * H * b),
 )
@@ -60,7 +63,7 @@ UNFUSED = (
     FORWARD[0],
     Kernel("sort", sympy.Integer(0), 6 * R * ROUTING),
     Kernel("gather", sympy.Integer(0), 2 * R * H * b),
-    Kernel("up", _UP, R * H * b + DISTINCT * P * H * F * w + R * P * F * b),
+    Kernel("up", _UP, R * H * b + D * P * H * F * w + R * P * F * b),
     Kernel("activation", sympy.Integer(0), R * P * F * b + R * F * b),
     FORWARD[2],
     FORWARD[3],
@@ -69,9 +72,9 @@ UNFUSED = (
 LEAST_FORWARD = Kernel(
     "forward",
     2 * R * EXPERT + r * _LOGITS,
-    DISTINCT * EXPERT * w + T * (H + O) * b + r * H * E * b + z * R * P * F * b,
+    D * EXPERT * w + T * (H + O) * b + r * H * E * b + z * R * P * F * b,
 )
-LEAST_BACKWARD = Kernel("backward", 4 * R * EXPERT, (DISTINCT + E) * EXPERT * w + T * (2 * H + O) * b + R * P * F * b)
+LEAST_BACKWARD = Kernel("backward", 4 * R * EXPERT, (D + E) * EXPERT * w + T * (2 * H + O) * b + R * P * F * b)
 SAVED = Kernel("saved", sympy.Integer(0), T * H * b + R * (P * F * b + 12))  # x, projections, routing: no GEMM is run again
 
 
@@ -94,12 +97,9 @@ class Shape:
         if min(sizes) < 1 or self.top_k > self.num_experts:
             raise ValueError(f"shape: needs positive H, F, E, K, O, P and K <= E, got {sizes}")
 
-    def values(self, tokens: int, save: bool) -> tuple[float, ...]:
-        """The value of each of SYMBOLS, in order."""
-        return (
-            tokens, self.top_k, self.num_experts, self.hidden, self.intermediate, self.out_features, self.projections,
-            self.weight_bytes, self.activation_bytes, float(save), float(self.router),
-        )  # fmt: skip
+    def distinct(self, tokens: int) -> float:
+        """Expected number of distinct experts that tokens hit under uniform routing."""
+        return float(_DISTINCT(tokens, self.num_experts, self.top_k))
 
     def rows_per_expert(self, tokens: float) -> float:
         return tokens * self.top_k / self.num_experts
@@ -133,11 +133,19 @@ def _compiled(kernels: tuple[Kernel, ...]) -> Callable[..., list[float]]:
     return compiled
 
 
-def work(kernels: tuple[Kernel, ...], shape: Shape, tokens: int, save: bool = False) -> dict[str, tuple[float, float]]:
-    """FLOPs and bytes of each kernel at T = tokens; `save` writes the projections for a backward."""
+def work(
+    kernels: tuple[Kernel, ...], shape: Shape, tokens: int, save: bool = False, distinct: float | None = None
+) -> dict[str, tuple[float, float]]:
+    """FLOPs and bytes of each kernel at T = tokens; `save` writes the projections for a backward.
+
+    `distinct` is the number of distinct experts hit, where it was counted; otherwise routing is taken to be uniform.
+    """
     if tokens < 0:
         raise ValueError(f"tokens must not be negative, got {tokens}")
-    found = _compiled(kernels)(*shape.values(tokens, save))
+    hit = shape.distinct(tokens) if distinct is None else distinct
+    sizes = (shape.top_k, shape.num_experts, shape.hidden, shape.intermediate, shape.out_features, shape.projections)
+    widths = (shape.weight_bytes, shape.activation_bytes, float(save), float(shape.router))
+    found = _compiled(kernels)(tokens, *sizes, hit, *widths)
     return {k.name: (found[2 * i], found[2 * i + 1]) for i, k in enumerate(kernels)}
 
 

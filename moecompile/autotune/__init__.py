@@ -1,1 +1,1 @@
-"""Candidates, measurement, store."""
+"""Which configuration a kernel runs with: chosen by a closed form, or by measurement where the user asked for it."""

@@ -59,7 +59,13 @@ def test_bound_and_ridge() -> None:
 
 def test_distinct_experts_of_one_token_is_top_k() -> None:
     assert sympy.simplify(cost.DISTINCT.subs(cost.T, 1) - cost.K) == 0
-    assert float(cost.DISTINCT.subs({cost.T: 32, cost.E: 128, cost.K: 8})) == pytest.approx(111.8, abs=0.05)
+    assert float(cost.DISTINCT.subs({cost.T: 32, cost.E: 128, cost.K: 8})) == pytest.approx(QWEN.distinct(32))
+    assert QWEN.distinct(32) == pytest.approx(111.8, abs=0.05)
+
+
+def test_counted_experts_replace_the_expected_ones() -> None:
+    uniform, skewed = (cost.work(cost.FORWARD, QWEN, 32, distinct=d)["down"][1] for d in (None, 40.0))
+    assert uniform - skewed == pytest.approx((QWEN.distinct(32) - 40) * 2048 * 768 * 2)
 
 
 def test_forward_flops_are_six_t_k_h_f() -> None:

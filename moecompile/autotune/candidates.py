@@ -1,0 +1,204 @@
+"""A short list instead of a long search: the closed form first, then its best neighbours by the floor model.
+
+Nothing is measured here.  What cannot fit (shared memory, registers) is pruned, the rest is ranked by an estimate that knows
+padding, tiles per SM, traffic through L2 and bytes in flight.  The estimate orders candidates; it claims no time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator
+from functools import lru_cache
+
+from moecompile.analysis import cost
+from moecompile.analysis.machine import Machine
+from moecompile.autotune import bucket
+from moecompile.autotune.family import AXES, DECODE, GEMMS, GROUPED, gemm_of, shared_bytes, tile_registers
+from moecompile.autotune.key import DTYPES, Problem, spec_of
+from moecompile.codegen import gpu_choose
+from moecompile.codegen.gpu_choose import Target
+from moecompile.kernels.gpu.config import Config
+
+MOST = 12
+NEAR = 0.05  # estimates this close are taken as equal: the configuration nearest the closed form goes first
+FAR = 4.0  # doublings from the closed form
+PER_TILE = 3  # candidates that differ in stages, warps and order alone
+REGISTERS = {4: 64, 8: 128}  # a thread may spend on its tile, by warps: more spilled when compiled for sm_90
+IN_FLIGHT = 32 * 1024  # bytes per SM that keep memory busy: 4.3 TB/s times about 0.7 us, over 132 SMs, rounded up
+L2_OVER_MEMORY = 2.5  # assumed: bytes per second from L2 over those from memory
+
+_COST_NAMES = {
+    "decode_up": ("up",), "decode_down": ("down",), "grad_z": ("dz",), "grad_rows": ("dx",), "grad_matrix": ("dw_up", "dw_down"),
+}  # fmt: skip
+
+
+def candidates(problem: Problem, machine: Machine, most: int = MOST, block_m: int | None = None) -> list[Config]:
+    """At most `most` configurations that fit the machine: the closed form, then by rising estimate, near ones first.
+
+    `block_m` fixes the rows of a tile, where another kernel has chosen them for all.
+    """
+    if not 1 <= most <= MOST:
+        raise ValueError(f"candidates: most is {most}, needs 1..{MOST}")
+    target = target_of(machine)
+    first = closed_form(problem, target, block_m)
+    others = [
+        c for c in _neighbours(problem.kernel, first) if _sensible(problem, c, block_m) and refusal(problem, c, target) is None
+    ]
+    times = {c: estimate(problem, c, machine) for c in others}
+    best = min(times.values(), default=1.0)
+
+    def order(c: Config) -> tuple[int, float, tuple[int, ...]]:
+        return int(math.log(times[c] / best) / math.log(1 + NEAR)), _distance(c, first), dataclasses.astuple(c)
+
+    chosen, tiles = [first], Counter([_tile(first)])
+    for config in sorted(others, key=order):
+        if len(chosen) < most and tiles[_tile(config)] < PER_TILE:
+            chosen.append(config)
+            tiles[_tile(config)] += 1
+    return chosen
+
+
+def target_of(machine: Machine) -> Target:
+    """The machine as the code generator knows it."""
+    nvidia = machine.arch.startswith("sm_")
+    arch = int(machine.arch.removeprefix("sm_")) if nvidia else machine.arch
+    return Target("cuda" if nvidia else "hip", arch, machine.block_shared, machine.sms)
+
+
+def _neighbours(kernel: str, first: Config) -> Iterator[Config]:
+    """Every other configuration of the family that is at most FAR doublings from `first`."""
+    axes = {name: values for name, values in AXES[kernel].items() if len(values) > 1}
+    steps = [[(v, abs(math.log2(v / getattr(first, name)))) for v in values] for name, values in axes.items()]
+    for chosen in itertools.product(*steps):
+        if 0 < sum(far for _, far in chosen) <= FAR:
+            yield dataclasses.replace(first, **{name: value for name, (value, _) in zip(axes, chosen, strict=True)})
+
+
+def _tile(config: Config) -> tuple[int, int, int]:
+    return config.block_m, config.block_n, config.block_k
+
+
+def _distance(a: Config, b: Config) -> float:
+    """How many doublings apart two configurations are."""
+    pairs = zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True)
+    return sum(abs(math.log2(x / y)) for x, y in pairs)
+
+
+def closed_form(problem: Problem, target: Target, block_m: int | None = None) -> Config:
+    """What runs when nothing was measured; with `block_m`, the same brought to row tiles of that height."""
+    tokens = bucket.representative(problem.bucket, problem.top_k, problem.num_experts)
+    config = gpu_choose.closed_form(problem.kernel, spec_of(problem), tokens, target)
+    if block_m is None or block_m == config.block_m:
+        return config
+    config = dataclasses.replace(config, block_m=block_m)
+    for name, values in (("warps", (8,)), ("stages", (3, 2)), ("block_k", (64, 32, 16)), ("block_n", (64, 32, 16))):
+        for value in values:
+            if refusal(problem, config, target) is not None and (name == "warps" or value < getattr(config, name)):
+                config = dataclasses.replace(config, **{name: value})
+    return config
+
+
+def refusal(problem: Problem, config: Config, target: Target) -> str | None:
+    """Why the configuration does not fit the target, or None."""
+    shared = shared_bytes(problem, config)
+    if shared > target.shared_memory:
+        return f"needs {shared} bytes of shared memory, a program has {target.shared_memory}"
+    registers, most = tile_registers(problem, config, target.warp), REGISTERS.get(config.warps, 64)
+    if registers > most:
+        return f"needs {registers} registers a thread for its tile, spills above {most}"
+    return None
+
+
+def _sensible(problem: Problem, config: Config, block_m: int | None) -> bool:
+    """Leave out what no shape wants, tiles wider than the matrix, and row tiles of another height than is fixed."""
+    if block_m is not None and config.block_m != block_m:
+        return False
+    if problem.kernel not in (*GEMMS, *DECODE):
+        return True
+    gemm = gemm_of(problem)
+    return config.block_n < 2 * gemm.n and config.block_k < 2 * gemm.k
+
+
+def estimate(problem: Problem, config: Config, machine: Machine) -> float:
+    """Seconds by which candidates are ordered."""
+    tokens = bucket.representative(problem.bucket, problem.top_k, problem.num_experts)
+    flops, bytes_ = problem_work(problem)
+    if problem.kernel == "router":
+        return _stream(problem, config, machine, -(-tokens // config.block_m))
+    if problem.kernel == "combine":
+        return _stream(problem, config, machine, tokens * -(-problem.out_features // config.block_n))
+    gemm, size, resident = gemm_of(problem), DTYPES[problem.dtype], _resident(problem, config, machine)
+    slots = machine.sms * resident
+    if problem.kernel in DECODE:
+        blocks = tokens * problem.top_k * -(-gemm.n // config.block_n)
+        in_flight = config.block_n * config.block_k * gemm.accumulators * size * resident
+        return bytes_ / machine.bandwidth / min(1.0, in_flight / IN_FLIGHT) / _balance(blocks, slots)
+    tiles, tile_bytes, step_bytes, waste = _tiling(problem, config, tokens)
+    seconds = max(
+        flops * waste / machine.flops,
+        bytes_ / machine.bandwidth / min(1.0, config.stages * step_bytes * resident / IN_FLIGHT),
+        tiles * tile_bytes / (L2_OVER_MEMORY * machine.bandwidth),
+    )
+    return seconds / _balance(tiles, slots)
+
+
+def _stream(problem: Problem, config: Config, machine: Machine, blocks: int) -> float:
+    """A kernel that multiplies nothing: few elements a thread leave memory idle, many leave SMs idle."""
+    lanes = tile_registers(problem, config, machine.warp)
+    return machine.seconds(*problem_work(problem)) / _balance(blocks, machine.sms * 8) * (1 + 1 / lanes + lanes / 256)
+
+
+def _tiling(problem: Problem, config: Config, tokens: int) -> tuple[float, float, float, float]:
+    """Output tiles, bytes one of them reads, bytes of weights (for a gradient, of rows) of one step, computed over useful FLOPs."""
+    gemm, size = gemm_of(problem), DTYPES[problem.dtype]
+    rows = tokens * problem.top_k
+    padded = rows / _padding(problem.shape, tokens, config.block_m)
+    if problem.kernel in GROUPED:
+        columns, steps = -(-gemm.n // config.block_n), -(-gemm.k // config.block_k)
+        side = config.block_m + config.block_n * gemm.accumulators
+        passes = problem.projections if problem.kernel == "grad_rows" else 1
+        waste = padded / rows * columns * config.block_n / gemm.n * steps * config.block_k / gemm.k
+        step = config.block_n * gemm.accumulators * config.block_k * size
+        return padded / config.block_m * columns, side * steps * passes * config.block_k * size, step, waste
+    down, across = -(-gemm.n // config.block_n), -(-gemm.k // config.block_k)
+    side = config.block_n + config.block_k
+    waste = padded / rows * down * config.block_n / gemm.n * across * config.block_k / gemm.k
+    tiles = float(problem.num_experts * down * across * (problem.projections + 1))
+    return tiles, side * padded / problem.num_experts * size, side * config.block_m * size, waste
+
+
+@lru_cache(4096)
+def _padding(shape: cost.Shape, tokens: int, block: int) -> float:
+    return cost.padding_efficiency(shape, tokens, block)
+
+
+def _resident(problem: Problem, config: Config, machine: Machine) -> int:
+    """Blocks that one SM holds at a time."""
+    registers = min(machine.thread_registers, tile_registers(problem, config, machine.warp) + 48)
+    by_registers = machine.registers // (config.warps * machine.warp * registers)
+    shared = shared_bytes(problem, config)
+    return max(1, min(by_registers, machine.shared // shared if shared else 16, 16))
+
+
+def _balance(tiles: float, slots: int) -> float:
+    """Work done over work paid for when tiles run in waves of `slots`."""
+    return tiles / (math.ceil(tiles / slots) * slots)
+
+
+@lru_cache(1024)
+def problem_work(problem: Problem, distinct: float | None = None) -> tuple[float, float]:
+    """FLOPs and bytes of the problem's kernels at the bucket's representative token count, where `distinct` experts are hit."""
+    tokens = bucket.representative(problem.bucket, problem.top_k, problem.num_experts)
+    if problem.kernel == "router":  # float32 logits in, weights and ids out
+        return 0.0, tokens * (4.0 * problem.num_experts + 12.0 * problem.top_k)
+    found = cost.work((*cost.FORWARD, *cost.BACKWARD), problem.shape, tokens, distinct=distinct)
+    parts = [found[name] for name in _COST_NAMES.get(problem.kernel, (problem.kernel,))]
+    return sum(flops for flops, _ in parts), sum(bytes_ for _, bytes_ in parts)
+
+
+def floor_seconds(problem: Problem, machine: Machine, distinct: float | None = None) -> float:
+    """Least time of the problem's kernel on the machine."""
+    return machine.seconds(*problem_work(problem, distinct))
