@@ -76,7 +76,11 @@ class Arena {
     return (T*)at;
   }
   bool allocate() {
-    memory = (char*)std::aligned_alloc(64, used + 64);
+    const int64_t size = used + 64;
+    memory = (char*)std::aligned_alloc(64, size);
+#if defined(MOE_POISON)
+    if (memory) std::memset(memory, 0xff, size);  // NaN in every dtype: tests see what was read before it was written
+#endif
     used = 0;
     return memory != nullptr;
   }
