@@ -25,7 +25,7 @@ from moecompile.kernels.gpu.config import Config
 MOST = 12
 NEAR = 0.05  # estimates this close are taken as equal: the configuration nearest the closed form goes first
 FAR = 4.0  # doublings from the closed form
-PER_TILE = 3  # candidates that differ in stages, warps and order alone
+PER_TILE = 2  # candidates that differ in stages, warps and order alone
 REGISTERS = {4: 64, 8: 128}  # a thread may spend on its tile, by warps: more spilled when compiled for sm_90
 IN_FLIGHT = 32 * 1024  # bytes per SM that keep memory busy: 4.3 TB/s times about 0.7 us, over 132 SMs, rounded up
 L2_OVER_MEMORY = 2.5  # assumed: bytes per second from L2 over those from memory
@@ -119,7 +119,7 @@ def _sensible(problem: Problem, config: Config, block_m: int | None) -> bool:
     if problem.kernel not in (*GEMMS, *DECODE):
         return True
     gemm = gemm_of(problem)
-    return config.block_n < 2 * gemm.n and config.block_k < 2 * gemm.k
+    return config.block_n < 2 * gemm.n and min(32, gemm.k) <= config.block_k < 2 * gemm.k
 
 
 def estimate(problem: Problem, config: Config, machine: Machine) -> float:

@@ -15,7 +15,7 @@ from moecompile.codegen.gpu_choose import Target
 from moecompile.ir.spec import ExpertsSpec, RouterSpec
 from moecompile.kernels.gpu.config import Config
 
-SHIPPED = pathlib.Path(__file__).parent / "shipped"
+SHIPPED = pathlib.Path(__file__).parent  # packs named shipped_*.json
 
 
 def install(store: Store | None = None) -> None:
@@ -62,7 +62,7 @@ def _stored(store: Store, key: Key) -> Config | None:
 def _shipped() -> dict[tuple[Problem, str, int], Config]:
     """What was measured on these GPUs and comes with the package, whatever the versions then were."""
     found = {}
-    for path in sorted(SHIPPED.glob("*.json")):
+    for path in sorted(SHIPPED.glob("shipped_*.json")):
         for choice in pack.read(path):
             where: Environment = choice.key.environment
             if where.timer == "device":

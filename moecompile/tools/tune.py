@@ -25,6 +25,7 @@ from moecompile.autotune.store import Store
 from moecompile.autotune.tuner import Budget, Outcome
 from moecompile.codegen import gpu_choose
 from moecompile.codegen.gpu import triton_missing
+from moecompile.ir.spec import RouterSpec
 
 MODELS = {  # hidden, intermediate, experts, top_k
     "mixtral-8x7b": (4096, 14336, 8, 2),
@@ -139,7 +140,7 @@ def _problems(arguments: argparse.Namespace) -> list[Problem]:
     for index in wanted:
         one = Problem("up", dtype, bucket=index, **sizes)
         spec = spec_of(one)
-        decodes = not isinstance(spec, gpu_choose.RouterSpec) and gpu_choose.decodes(spec, bucket.representative(index, K, E))
+        decodes = not isinstance(spec, RouterSpec) and gpu_choose.decodes(spec, bucket.representative(index, K, E))
         kernels = (*DECODE, "router") if decodes else FORWARD
         if arguments.train:
             kernels = (*kernels, *(k for k in (*FORWARD, *BACKWARD) if k not in kernels))

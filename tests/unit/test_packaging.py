@@ -72,4 +72,6 @@ def test_scripts_start(script: str, site: pathlib.Path) -> None:
     (info,) = site.glob("*.dist-info")
     line = next(x for x in (info / "entry_points.txt").read_text().splitlines() if x.startswith(f"{script} ="))
     module, function = line.split("=")[1].strip().split(":")
-    assert "usage" in run(site, "-c", f"import sys; sys.argv = ['{script}', '--help']; from {module} import {function}; {function}()")
+    assert "usage" in run(
+        site, "-c", f"import sys; sys.argv = ['{script}', '--help']; from {module} import {function}; {function}()"
+    )

@@ -1,0 +1,102 @@
+"""Which configurations are tried, and what runs when none was."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+from moecompile.kernels.gpu.config import Config
+
+from moecompile.analysis.machine import MACHINES, Machine
+from moecompile.autotune import bucket, entry, family
+from moecompile.autotune.candidates import MOST, candidates, closed_form, estimate, floor_seconds, refusal, target_of
+from moecompile.autotune.key import Problem, problem_of, spec_of
+from moecompile.codegen import gpu_choose
+
+H200 = MACHINES["H200"]
+SHAPES = {  # hidden, intermediate, experts, top_k, output, projections
+    "qwen3": (2048, 768, 128, 8, 2048, 2),
+    "mixtral": (4096, 14336, 8, 2, 4096, 2),
+    "tiny": (5, 3, 1, 1, 7, 1),
+}
+
+
+def problem(kernel: str, index: int, shape: str = "qwen3", dtype: str = "bfloat16") -> Problem:
+    return Problem(kernel, dtype, *SHAPES[shape], bucket=index)
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
+@pytest.mark.parametrize("kernel", family.AXES)
+def test_at_most_twelve_that_fit_the_default_first(machine: Machine, kernel: str) -> None:
+    target = target_of(machine)
+    for shape, index, dtype in itertools.product(SHAPES, (0, 3, 6), ("bfloat16", "float32")):
+        one = problem(kernel, index, shape, dtype)
+        found = candidates(one, machine)
+        assert 1 <= len(found) <= MOST == 12
+        assert len(set(found)) == len(found)
+        assert found[0] == closed_form(one, target)
+        for config in found:
+            assert refusal(one, config, target) is None, f"{one}: {config}"
+            assert family.check(kernel, dataclasses.asdict(config)) is None, "the store would not read it back"
+
+
+def test_no_more_than_asked_for() -> None:
+    assert len(candidates(problem("up", 3), H200, most=5)) == 5
+    with pytest.raises(ValueError, match="1\\.\\.12"):
+        candidates(problem("up", 3), H200, most=13)
+
+
+def test_what_cannot_fit_is_refused_with_the_reason() -> None:
+    target = target_of(H200)
+    assert "shared memory" in str(refusal(problem("up", 3), Config(128, 128, 128, 8, 5), target))
+    assert "registers" in str(refusal(problem("up", 3), Config(128, 128, 64, 4, 2), target))
+    assert refusal(problem("down", 3), Config(128, 128, 64, 8, 3), target) is None
+    small = dataclasses.replace(target, shared_memory=65536)
+    assert refusal(problem("down", 3), Config(128, 128, 64, 8, 3), small) is not None
+
+
+def test_row_tiles_of_a_fixed_height() -> None:
+    for kernel, height in itertools.product(family.GROUPED, (16, 32, 64, 128)):
+        found = candidates(problem(kernel, 3), H200, block_m=height)
+        assert {c.block_m for c in found} == {height}
+        assert all(refusal(problem(kernel, 3), c, target_of(H200)) is None for c in found)
+
+
+def test_the_list_tries_more_than_one_tile() -> None:
+    for kernel in family.GEMMS:
+        found = candidates(problem(kernel, 4), H200)
+        assert len({(c.block_m, c.block_n, c.block_k) for c in found}) >= 4
+
+
+def test_later_candidates_are_not_estimated_faster() -> None:
+    one = problem("grad_matrix", 5)
+    times = [estimate(one, c, H200) for c in candidates(one, H200)[1:]]
+    assert all(a <= b * 1.06 for a, b in itertools.pairwise(times))
+    assert min(times) >= floor_seconds(one, H200) * 0.999
+
+
+def test_buckets_are_those_of_the_kernels() -> None:
+    for tokens in (0, 1, 8, 9, 33, 128, 129, 512, 2048, 8192, 32768):
+        index = bucket.bucket_of(tokens, 8, 128)
+        assert bucket.representative(index, 8, 128) == gpu_choose.representative(tokens, 8, 128)
+    assert [bucket.name(i) for i in (0, 6)] == ["<=0.5", ">512"]
+    assert {bucket.bucket_of(bucket.representative(i, 8, 128), 8, 128) for i in bucket.BUCKETS} == set(bucket.BUCKETS)
+
+
+@pytest.mark.parametrize("kernel", family.AXES)
+def test_a_problem_is_its_specs_problem(kernel: str) -> None:
+    one = problem(kernel, 3)
+    if kernel == "router":
+        one = dataclasses.replace(one, dtype="float32", hidden=1, intermediate=1, out_features=1, projections=1)
+    tokens = bucket.representative(3, one.top_k, one.num_experts)
+    assert problem_of(kernel, spec_of(one), tokens) == one
+
+
+def test_every_family_of_the_table_can_be_stored() -> None:
+    for kernel in family.AXES:
+        one = problem(kernel, 3)
+        key = entry.Key(one, entry.Environment("sm_90", 132, "2.13.0", "3.7.1", "0.1.0", "device"))
+        for config in candidates(one, H200):
+            item = entry.Measurement(key, config, 1e-4, "")
+            assert entry.from_text(entry.to_text(item)) == item
