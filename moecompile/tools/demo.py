@@ -43,6 +43,8 @@ class Contender:
     text: Tensor = field(default_factory=lambda: torch.empty(1, 0, dtype=torch.int64))
     read: Callable[..., Tensor] = field(default=_not_compiled)
     write: Callable[..., Tensor] = field(default=_not_compiled)
+    step: Callable[..., Tensor] = field(default=_not_compiled)
+    cache: Any = None
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return function if self.name == "eager" else torch.compile(function, backend=self.name, dynamic=False)
@@ -85,16 +87,18 @@ def main(arguments: argparse.Namespace) -> int:
     converse(others, prompt)
     print_rates(others, [("DeepSeek-V3 prefill", "prefill", PROMPT), ("DeepSeek-V3 decode", "decode", 1)])
 
+    author = contenders[-1]
+    written = invent(author, prompt, arguments.seed)
     if "moe" in names:
         from moecompile import report
 
         for title, subject in (("OLMoE", model), ("DeepSeek-V3", other)):
-            print(f"\nexplain({title})")
-            print(report.explain(subject.eval(), input_ids=prompt, use_cache=False))
+            with torch.no_grad():
+                found = report.explain(subject.eval(), input_ids=prompt, use_cache=False)
+            print(f"\nexplain({title}): {found}")
 
-    author = contenders[-1]
     print(f"\nwritten by OLMoE after {len(author.losses)} steps, compiled by {author.name}, after the bar:\n")
-    print(demo_text.readable(prompt[0, -80:]) + "|" + demo_text.readable(invent(author, prompt, arguments.seed)))
+    print(demo_text.readable(prompt[0, -80:]) + "|" + demo_text.readable(written))
     print(f"\n{time.monotonic() - start:.0f} s in all, of them {_compile_seconds(contenders + others):.0f} s in first calls")
     return 0
 
@@ -102,10 +106,9 @@ def main(arguments: argparse.Namespace) -> int:
 def train(contenders: list[Contender], text: Tensor, steps: int, seconds: float, seed: int) -> None:
     """Train all on the same batches, in turns, until the steps or the seconds are used up."""
     generator = torch.Generator().manual_seed(seed)
-    step = {}
     for c in contenders:
         c.optimizer = torch.optim.AdamW(c.model.parameters(), lr=1e-3, weight_decay=0.01)
-        step[c.name] = c.compiled(_loss_of(c.model))
+        c.step = c.compiled(_loss_of(c.model))
     started = 0.0
     with Progress("training", steps) as bar:
         for i in range(steps):
@@ -114,7 +117,7 @@ def train(contenders: list[Contender], text: Tensor, steps: int, seconds: float,
                 if i == 0:
                     bar.to(0, f"first step of {c.name}")
                 begin = time.perf_counter()
-                loss = step[c.name](ids)
+                loss = c.step(ids)
                 loss.backward()
                 assert c.optimizer is not None
                 c.optimizer.step()
@@ -132,22 +135,20 @@ def converse(contenders: list[Contender], prompt: Tensor) -> None:
     for c in contenders:
         c.read, c.write = c.compiled(_reader(c.model.eval())), c.compiled(_writer(c.model))
     with torch.no_grad(), Progress("reading and writing", READINGS + REPLY) as bar:
-        caches, last = {}, {}
         for i in range(READINGS):
             for c in contenders:
                 bar.to(i, f"reading, {c.name}")
-                caches[c.name] = _cache(c.model)
+                c.cache = _cache(c.model)
                 begin = time.perf_counter()
-                last[c.name] = c.read(prompt, caches[c.name]).argmax(-1, keepdim=True)
+                c.text = c.read(prompt, c.cache).argmax(-1, keepdim=True)
                 _note(c, "prefill", time.perf_counter() - begin)
-                c.text = last[c.name]
         for i in range(REPLY - 1):
             position = torch.tensor([[PROMPT + i]])
             for c in contenders:
                 begin = time.perf_counter()
-                last[c.name] = c.write(last[c.name], caches[c.name], position).argmax(-1, keepdim=True)
+                token = c.write(c.text[:, -1:].clone(), c.cache, position).argmax(-1, keepdim=True)
                 _note(c, "decode", time.perf_counter() - begin)
-                c.text = torch.cat([c.text, last[c.name]], 1)
+                c.text = torch.cat([c.text, token], 1)
             bar.to(READINGS + i + 1, "writing")
         bar.to(READINGS + REPLY)
     for c in contenders[1:]:

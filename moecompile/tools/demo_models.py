@@ -9,8 +9,18 @@ import torch
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-LETTERS = 256  # the vocabulary: bytes
-LENGTH = 512  # longest context
+SIZE: dict[str, Any] = {
+    "vocab_size": 256,  # bytes
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 512,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 
 
 def olmoe(seed: int = 0) -> Any:
@@ -19,19 +29,10 @@ def olmoe(seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     config = OlmoeConfig(
-        vocab_size=LETTERS,
-        hidden_size=256,
+        **SIZE,
         intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
         num_experts=32,
-        num_experts_per_tok=4,
         norm_topk_prob=True,
-        max_position_embeddings=LENGTH,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
     )
     return OlmoeForCausalLM(config)
 
@@ -42,27 +43,18 @@ def deepseek_v3(seed: int = 0) -> Any:
 
     torch.manual_seed(seed)
     config = DeepseekV3Config(
-        vocab_size=LETTERS,
-        hidden_size=256,
+        **SIZE,
         intermediate_size=512,
         moe_intermediate_size=128,
-        num_hidden_layers=2,
         first_k_dense_replace=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
         q_lora_rank=128,
         kv_lora_rank=64,
         qk_rope_head_dim=16,
         qk_nope_head_dim=32,
         v_head_dim=32,
         n_routed_experts=32,
-        num_experts_per_tok=4,
         n_group=4,
         topk_group=2,
         n_shared_experts=1,
-        max_position_embeddings=LENGTH,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
     )
     return DeepseekV3ForCausalLM(config)

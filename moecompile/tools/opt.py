@@ -26,37 +26,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-l", "--last", action="store_true", help="print only the graph after the last pass")
     parser.add_argument("--list", action="store_true", help="list the pipeline")
     given = parser.parse_args(arguments)
-    from moecompile.passes import PASSES
+    from moecompile.passes import PASSES, pipeline
 
     if given.list:
-        width = max(map(len, PASSES))
-        for name, entry in PASSES.items():
-            print(f"{name:{width}}  {entry.summary}")
+        for entry in pipeline():
+            after = f", after {', '.join(entry.after)}" if entry.after else ""
+            summary = (sys.modules[entry.function.__module__].__doc__ or "").splitlines()[0]
+            print(f"{entry.phase.name.lower()}  {entry.name}{after}: {summary}")
         return 0
     if given.file is None:
         parser.error("FILE or --list is needed")
-    names = list(PASSES) if given.passes is None else [n for n in given.passes.split(",") if n]
+    names = [entry.name for entry in pipeline()] if given.passes is None else [n for n in given.passes.split(",") if n]
     for name in names:
         if name not in PASSES:
             nearest = difflib.get_close_matches(name, PASSES, 1, 0.0)
             parser.error(f"unknown pass {name!r} (did you mean {nearest[0]!r}?); moe-opt --list prints them all")
-    gm, inputs = capture(given.file)
-    show(gm, inputs, names, given.last)
+    show(capture(given.file), names, given.last)
     return 0
 
 
-def capture(file: str) -> tuple[fx.GraphModule, list[Any]]:
-    """The Dynamo graph of the file's example() and its inputs. ValueError where there is no single graph."""
+def capture(file: str) -> fx.GraphModule:
+    """The Dynamo graph of the file's example(). ValueError where there is no single graph."""
     import torch
 
     scope = runpy.run_path(file)
     if "example" not in scope:
         raise ValueError(f"{file}: has no function example() -> (module or function, inputs)")
     function, inputs = scope["example"]()
-    graphs: list[tuple[fx.GraphModule, list[Any]]] = []
+    graphs: list[fx.GraphModule] = []
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        graphs.append((gm, example_inputs))
+        graphs.append(gm)
         return gm.forward
 
     torch._dynamo.reset()
@@ -66,17 +66,23 @@ def capture(file: str) -> tuple[fx.GraphModule, list[Any]]:
     return graphs[0]
 
 
-def show(gm: fx.GraphModule, inputs: list[Any], names: Sequence[str], only_last: bool = False) -> None:
-    """Print the graph as captured and after each pass, verified in between."""
+def show(gm: fx.GraphModule, names: Sequence[str], only_last: bool = False) -> None:
+    """Print the graph as captured and after each pass, with what the pass says of the layers it met."""
+    import moecompile.ir.ops  # noqa: F401 (defines the moe.* ops)
     from moecompile.ir import printer
-    from moecompile.passes import PASSES
+    from moecompile.passes import PASSES, Context
 
     if not only_last or not names:
         print(f"// captured\n{printer.text(gm)}")
+    context = Context()
     for name in names:
-        gm = PASSES[name].run(gm)
+        before = len(context.entries)
+        gm = PASSES[name].run(gm, context)
         if not only_last or name == names[-1]:
-            print(f"\n// after {name}\n{printer.text(gm)}")
+            print(f"\n// after {name}")
+            for entry in context.entries[before:]:
+                print(f"// {entry.status} {entry.form or entry.node}{': ' + entry.reason if entry.reason else ''}")
+            print(printer.text(gm))
 
 
 if __name__ == "__main__":
