@@ -38,6 +38,7 @@ def run(call: Callable[..., Any], module: nn.Module, args: Sequence[Any], train:
         return t.requires_grad_(train and t.is_floating_point())
 
     given = tree_map(leaf, tuple(args))
+    torch.manual_seed(0)  # jitter, Gumbel noise
     with torch.set_grad_enabled(train):
         outputs = [t for t in tree_leaves(call(*given)) if isinstance(t, Tensor)]
     values = {f"output {i}": t.detach() for i, t in enumerate(outputs)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from moecompile import report
+from moecompile.backend import moe
 
 
 @dataclass(frozen=True)
@@ -22,21 +22,20 @@ class Layer:
     form: str
 
 
-def compiled(module: nn.Module, inner: str = "eager", **settings: Any) -> Any:
-    """The module compiled by the backend, everything compiled before forgotten. `settings` are torch.compile's; inner is
-    what compiles the rest of the graph."""
+def compiled(module: nn.Module, inner: str = "eager", kernels: str = "reference", **settings: Any) -> Any:
+    """The module compiled by the backend, everything compiled before forgotten.
+
+    inner: what compiles the rest of the graph.  kernels: "reference" tests what was recognised and rewritten, without
+    building a kernel for each of a thousand specs; "auto" is what users get.  `settings` are torch.compile's.
+    """
     torch._dynamo.reset()
-    options = {"inner": inner, "fallback": "silent", "strict": True, **settings.pop("options", {})}
-    return torch.compile(module, backend="moe", options=options, **settings)
+    options = {"inner": inner, "kernels": kernels, "fallback": "silent", "strict": True, **settings.pop("options", {})}
+    return torch.compile(module, backend=moe, options=options, **settings)
 
 
 def layers() -> list[Layer]:
     """Every layer of every graph since compiled()."""
-    return [
-        Layer(entry.status == "fused", bool(entry.router_fused), entry.reason or "", str(entry.form))
-        for one in report.last_reports()
-        for entry in one.layers
-    ]
+    return [Layer(e.status == "fused", e.router is not None, e.reason or e.router_reason, e.form) for e in report.last_reports()]
 
 
 def fused() -> list[Layer]:
@@ -46,8 +45,3 @@ def fused() -> list[Layer]:
 def reasons() -> list[str]:
     """Why layers were declined, or their routers left as they are."""
     return [layer.reason for layer in layers() if not (layer.fused and layer.router)]
-
-
-def quiet() -> None:
-    """Dynamo warns once about functools.lru_cache inside transformers: not ours to mend."""
-    warnings.filterwarnings("ignore", message=".*lru_cache.*")

@@ -74,7 +74,7 @@ def test_frozen_weights(example: Example) -> None:
 def test_with_inductor(name: str) -> None:
     example = next(e for e in ALL if e.name == name)
     module = example.recipe.make()
-    _check(module, outcome.compiled(module, "inductor"), example.recipe.inputs(module))
+    _check(module, outcome.compiled(module, "inductor", kernels="auto"), example.recipe.inputs(module))
     _expect(example)
 
 
