@@ -134,6 +134,12 @@ def test_a_parameter_with_strides_of_no_layout(layout: str) -> None:
     agree.training(spec, given)
 
 
+@pytest.mark.parametrize("tokens", (2, 5))
+def test_a_token_of_nan_stays_alone(tokens: int) -> None:
+    """Padding rows are NaN in serving: nothing of them may reach another token, not even as zero times NaN."""
+    agree.nan_stays_alone(layer(E=8, H=20, F=18, O=17), tokens)
+
+
 def test_sizes_that_divide_give_no_masks() -> None:
     spec = layer(H=32, F=32, O=16)
     agree.forward(spec, layers.inputs(spec, 1, "holes"))

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from moecompile.kernels.gpu import permute
+from moecompile.kernels.gpu.config import Config, tiles_bound
 
 from moecompile.codegen import gpu, gpu_text
 from moecompile.ir.spec import OutOfRange
-from moecompile.kernels.gpu import permute
-from moecompile.kernels.gpu.config import Config, tiles_bound
 from tests.gpu import layers
 
 IDS = {
@@ -29,11 +29,14 @@ IDS = {
 @pytest.mark.parametrize("experts", (1, 2, 7, 64))
 def test_a_stable_counting_sort(experts: int, drawn: str, few: bool) -> None:
     torch.manual_seed(0)
+    check(experts, drawn, few, (1, 16, 17, 100) if experts < 64 else (100,), (16, 32))
+
+
+def check(experts: int, drawn: str, few: bool, sizes: tuple[int, ...], heights: tuple[int, ...], block: int = 32) -> None:
     spec = layers.make(E=experts, K=1, out_of_range=OutOfRange.SKIP)
-    block = 128 if few else 32
-    config = Config(block, 1, 1, 4, 1)
-    for rows in (1, 16, 17, 100) if experts < 64 else (100,):
-        for height in (16, 32):
+    config = Config(128 if few else block, 1, 1, 4, 1)
+    for rows in sizes:
+        for height in heights:
             kernel = gpu.load("permute", config, gpu_text.permute_text(spec, config, height))
             ids = IDS[drawn](rows, experts)
             got = permute.launch(kernel, ids, experts, height, few)
@@ -49,6 +52,11 @@ def test_a_stable_counting_sort(experts: int, drawn: str, few: bool) -> None:
             tiles = [(e, int(starts[e]) + i) for e in range(experts) for i in range(0, int(counts[e]), height)]
             assert [tuple(t) for t in got.tiles[: len(tiles)].tolist()] == tiles
             assert (got.tiles[len(tiles) :, 0] == -1).all()
+
+
+def test_more_chunks_than_one_step_of_the_scan_takes() -> None:
+    torch.manual_seed(0)
+    check(5, "skipped", False, (100,), (16,), block=8)
 
 
 @pytest.mark.parametrize("height", (1, 16, 128))

@@ -85,9 +85,15 @@ def test_ties_go_to_the_lower_expert_and_a_zero_has_no_sign() -> None:
     assert IMPLEMENTATION.route(logits, None, spec.text())[1].tolist() == [[0, 1, 2, 3]] * 2
 
 
+def test_negative_choices_are_ordered() -> None:
+    spec = ROUTERS["gpt-oss"]
+    check(spec, drawn(spec, 5)[0] - 20, None)
+
+
 def test_nan_is_the_largest_as_in_topk() -> None:
     logits = torch.arange(32.0)[None].clone()
-    logits[0, 5] = float("nan")
+    logits[0, 5] = -torch.tensor(float("nan"))  # the sign of a NaN does not matter either
+    assert logits.view(torch.int32)[0, 5] < 0
     ids = IMPLEMENTATION.route(logits, None, ROUTERS["gpt-oss"].text())[1]
     assert ids.tolist() == [[5, 31, 30, 29]] == logits.topk(4).indices.tolist()
 

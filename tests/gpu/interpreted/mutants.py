@@ -1,0 +1,146 @@
+"""Ways to break the kernels: (template, what is there, what is put in its place).
+
+Each replaces one piece of a template's text. What no result can show is not listed (tile order, hints for alignment).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """`before` must occur in the template; only its occurrence number `which` is replaced."""
+
+    name: str
+    template: str
+    before: str
+    after: str
+    which: int = 0
+
+
+LIVE = "row < tl.load(OFFSETS + e + 1)"
+MUTANTS = (
+    # which tile, which rows
+    Mutant("tile: rows past the expert's end", "tile", LIVE, "row >= 0"),
+    Mutant("tile: one row too many", "tile", LIVE, "row <= tl.load(OFFSETS + e + 1)"),
+    Mutant("tile: last row lost", "tile", LIVE, "row < tl.load(OFFSETS + e + 1) - 1"),
+    Mutant("tile: end of the next expert", "tile", "OFFSETS + e + 1", "OFFSETS + e + 2"),
+    Mutant("tile: no early exit", "tile", "if e < 0:", "if e < -1:"),
+    Mutant("tile: last tile skipped", "tile", "if e < 0:", "if (e < 0) | (tile == tiles - 1):"),
+    Mutant("tile: neighbour's tile", "tile", "TILE_MAP + tile * 2)", "TILE_MAP + (tile // 2) * 2)"),
+    Mutant("tile: first column only", "tile", "column = pid % (GROUP * N_TILES) // height", "column = pid * 0"),
+    Mutant("tile: short band as if full", "tile", "tl.minimum(tiles - band, GROUP)", "tiles * 0 + GROUP"),
+    # permutation
+    Mutant(
+        "permute: unstable rank",
+        "permute",
+        "tl.cumsum(mine.to(tl.int32), 0) - 1",
+        "tl.sum(mine.to(tl.int32), 0) - tl.cumsum(mine.to(tl.int32), 0)",
+    ),
+    Mutant("permute: rank from one", "permute", "tl.cumsum(mine.to(tl.int32), 0) - 1", "tl.cumsum(mine.to(tl.int32), 0)"),
+    Mutant("permute: start counts the expert itself", "permute", "(pair_e < e)", "(pair_e <= e)"),
+    Mutant(
+        "permute: skipped pairs left as they were", "permute", "mask=(pair_e == E) & (pair < R)", "mask=(pair_e == E) & (pair < 0)"
+    ),
+    Mutant("permute: padding lanes count", "permute", "mask=pair < R, other=E)", "mask=pair < R, other=0)"),
+    Mutant("count: padding lanes count", "permute", "mask=pair < R, other=E)", "mask=pair < R, other=0)", 1),
+    Mutant("scan: inclusive", "permute", "tl.cumsum(counts, 0) - counts", "tl.cumsum(counts, 0)"),
+    Mutant("scan: no carry", "permute", "total += tl.sum(counts, 0)", "total = tl.sum(counts, 0)"),
+    Mutant("scatter: counts pairs after it", "permute", "(other[None, :] < pair[:, None])", "(other[None, :] > pair[:, None])"),
+    Mutant("scatter: counts itself", "permute", "(other[None, :] < pair[:, None])", "(other[None, :] <= pair[:, None])"),
+    Mutant("scatter: forgets earlier chunks", "permute", "tl.load(COUNTS + pair_e * chunks + chunk, mask=live, other=0)", "0"),
+    Mutant("schedule: tiles rounded down", "schedule", "(counts + (BM - 1)) // BM", "counts // BM"),
+    Mutant("schedule: last offset forgotten", "schedule", "if e == E - 1:", "if e == E:"),
+    Mutant("schedule: unused tiles unmarked", "schedule", "mask=i < bound)", "mask=i < 0)"),
+    Mutant("schedule: every tile starts at the first row", "schedule", "start + i * BM", "start + i * 0"),
+    Mutant("ids: negative taken", "clean", "(pair_e >= 0) & (pair_e < E)", "pair_e < E"),
+    Mutant("ids: past E taken", "clean", "(pair_e >= 0) & (pair_e < E)", "pair_e >= 0"),
+    Mutant("ids: no wrap", "clean", "pair_e + E, pair_e)", "pair_e, pair_e)"),
+    # GEMM 1
+    Mutant("up: wrong token", "up", "(pair // K)", "(pair % K)"),
+    Mutant("up: activation forgets the bias", "up", "acc{{ b.index }} += ", "acc{{ b.index }} += 0.0 * "),
+    Mutant("up: weight on the input forgotten", "up", "x.to(tl.float32) * scale", "x.to(tl.float32)"),
+    Mutant("up: gate and up swapped", "up", "h{{ loop.index0 }} = acc", "h{{ loop.length - 1 - loop.index0 }} = acc"),
+    Mutant("up: kept gate and up swapped", "up", "~ loop.index0 * F ~", "~ (loop.length - 1 - loop.index0) * F ~"),
+    Mutant("up: k mask dropped", "up", 'H % BK and "(k0 + k < H)[None, :]"', "0"),
+    Mutant("up: last step of the sum skipped", "up", "range(0, H, BK)", "range(0, H - BK, BK)"),
+    Mutant(
+        "up: columns stored past the end",
+        "up",
+        'y.to(Y.dtype.element_ty)", "live[:, None]", F % BN and "(n < F)[None, :]"',
+        'y.to(Y.dtype.element_ty)", "live[:, None]"',
+    ),
+    # GEMM 2 and combine
+    Mutant("down: last step of the sum skipped", "down", "range(0, F, BK)", "range(0, F - BK, BK)"),
+    Mutant("down: bias forgotten", "down", "acc += ", "acc += 0.0 * "),
+    Mutant("down: k mask dropped", "down", 'F % BK and "(k0 + k < F)[None, :]"', "0"),
+    Mutant("combine: weight forgotten", "combine", "scale * y", "y"),
+    Mutant("combine: last slot lost", "combine", "range(K)", "range(K - 1)"),
+    Mutant("combine: skipped rows added", "combine", "tl.where(row >= 0, scale * y, 0.0)", "scale * (y + 1.0)"),
+    Mutant("combine: last column block lost", "combine", '"n < N"', '"n < N - BN"'),
+    # decode
+    Mutant("decode up: wrong token", "decode_up", "(pair // K)", "(pair % K)"),
+    Mutant("decode up: k mask dropped", "decode_up", 'H % BK and "k0 + k < H"', "0"),
+    Mutant("decode up: last step of the sum skipped", "decode_up", "range(0, H, BK)", "range(0, H - BK, BK)"),
+    Mutant("decode up: weight on the input forgotten", "decode_up", "x.to(tl.float32) * scale", "x.to(tl.float32)"),
+    Mutant("decode up: bias forgotten", "decode_up", "h{{ b.index }} += ", "h{{ b.index }} += 0.0 * "),
+    Mutant("decode down: weight forgotten", "decode_down", "total *= ", "total += 0.0 * "),
+    Mutant("decode down: last slot lost", "decode_down", "range(K)", "range(K - 1)"),
+    Mutant("decode down: bias forgotten", "decode_down", "total += ", "total += 0.0 * "),
+    Mutant("decode down: last step of the sum skipped", "decode_down", "range(0, F, BK)", "range(0, F - BK, BK)"),
+    Mutant("decode: id E taken", "expert", "(e64 < E)", "(e64 <= E)"),
+    Mutant("decode: negative id taken", "expert", "(e64 >= 0) & ", ""),
+    # backward
+    Mutant("grad_z: wrong token", "grad_z", "(pair // K)", "(pair % K)"),
+    Mutant("grad_z: weight forgotten", "grad_z", "acc *= scale", "acc *= 1.0"),
+    Mutant("grad_z: kept rows not weighted", "grad_z", '"(scale * y)" if on_output', '"(1.0 * y)" if on_output'),
+    Mutant("grad_z: partial sums after weighting", "grad_z", "acc * y, 0.0)", "acc * scale * y, 0.0)"),
+    Mutant("grad_z: derivatives swapped", "grad_z", '"(acc * dh" ~ loop.index0', '"(acc * dh" ~ (loop.length - 1 - loop.index0)'),
+    Mutant("grad_z: projections swapped", "grad_z", "h{{ loop.index0 }} = ", "h{{ loop.length - 1 - loop.index0 }} = "),
+    Mutant("grad_z: last step of the sum skipped", "grad_z", "range(0, O, BK)", "range(0, O - BK, BK)"),
+    Mutant("grad_z: all partial sums in one place", "grad_z", "* N_TILES + column", "* N_TILES"),
+    Mutant("grad_rows: only the first projection", "grad_rows", "range(0, F, BK)", "range(0, {{ F if loop.first else 0 }}, BK)"),
+    Mutant("grad_rows: k mask dropped", "grad_rows", 'F % BK and "(k0 + k < F)[None, :]"', "0"),
+    Mutant("grad_rows: partial sums of the wrong token", "grad_rows", "// K).to(tl.int64)", "% K).to(tl.int64)"),
+    Mutant("grad_weights: bias forgotten", "grad_weights", "total += ", "total += 0.0 * "),
+    Mutant("grad_weights: first partial sum only", "grad_weights", "(j < %d)", "(j < %d - 1)"),
+    Mutant(
+        "grad_weights: skipped pairs read", "grad_weights", '{{ load("at", "live[:, None]"', '{{ load("at + 1", "live[:, None]"'
+    ),
+    Mutant("grad_matrix: first rows only", "grad_matrix", "range(start, end, BM)", "range(start, tl.minimum(end, start + BM), BM)"),
+    Mutant(
+        "grad_matrix: stale rows", "grad_matrix", "pair = tl.load(ORDER + row + BM, mask=row + BM < end, other=0)", "pair = pair"
+    ),
+    Mutant("grad_matrix: rows of the next expert", "grad_matrix", "live = row < end", "live = row < end + 1"),
+    Mutant("grad_matrix: weight on the input forgotten", "grad_matrix", "b.to(tl.float32) * scale[:, None]", "b.to(tl.float32)"),
+    Mutant("grad_matrix: columns of the first projection", "grad_matrix", '" + (n + " ~ a_offset ~ ")', '" + (n + " ~ 0 ~ ")'),
+    Mutant(
+        "grad_matrix: columns past the end",
+        "grad_matrix",
+        '"acc.to(DW.dtype.element_ty)", N % BN and "(n < N)[:, None]"',
+        '"acc.to(DW.dtype.element_ty)", 0',
+    ),
+    Mutant("grad_vector: weight forgotten", "grad_vector", "a.to(tl.float32) * tl.load", "a.to(tl.float32) + 0.0 * tl.load"),
+    Mutant("grad_vector: rows of the next expert", "grad_vector", "live = row < end", "live = row < end + 1"),
+    # router
+    Mutant("router: ties to the higher expert", "router", "(lanes - 1 - lane)", "lane"),
+    Mutant("router: NaN as its bits say", "router", "tl.where(value != value, 0x7FFFFFFF, bits)", "bits"),
+    Mutant("router: negative scores not reversed", "router", "bits ^ 0x7FFFFFFF, bits)", "bits, bits)"),
+    Mutant("router: bias forgotten", "router", "choice = score + ", "choice = score + 0.0 * "),
+    Mutant("router: biased scores as weights", "router", "{{ source }}", "choice"),
+    Mutant("router: one expert twice", "router", "key = tl.where(hit, LEAST, key)", "key = tl.where(hit & (i > 0), LEAST, key)"),
+    Mutant("router: second best of a group forgotten", "router", "value += unpacked(second)", "value += 0.0"),
+    Mutant("router: one group too few", "router", "range({{ groups.top_k }})", "range({{ groups.top_k }} - 1)"),
+    Mutant("router: groups not filled", "router", "== 1, choice, ", "== 1, choice, choice + 0.0 * "),
+    Mutant(
+        "router: sum over padding",
+        "router",
+        '"tl.sum(tl.where(used, w, 0.0), 1)[:, None]"',
+        '"tl.sum(tl.where(used, w, 1.0), 1)[:, None]"',
+    ),
+    Mutant("router: scale forgotten", "router", "number(step.factor)", "number(1.0)"),
+    Mutant("router: eps forgotten", "router", "number(step.eps)", "number(0.0)"),
+    Mutant("router: least forgotten", "router", "number(step.least)", "number(0.0)"),
+    Mutant("router: rows past the end", "router", "(token < T)[:, None] & used", "(token < T + 1)[:, None] & used"),
+    Mutant("router: sign of the logits", "router", "tl.exp(-z)", "tl.exp(z)"),
+)

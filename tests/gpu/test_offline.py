@@ -1,0 +1,116 @@
+"""Every kernel family compiled for GPUs that are not there: no spills, shared memory within limits, tensor cores used.
+
+Runs in an ordinary pytest process (not under TRITON_INTERPRET); prints its table with -s. tests/gpu/golden/offline.json
+holds what the compiler said; MOE_UPDATE_GOLDEN=1 writes it anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+
+import pytest
+import torch
+
+from moecompile.codegen import gpu_offline, gpu_text
+from moecompile.codegen.gpu_choose import TARGETS
+from moecompile.ir.spec import WeightOn
+from tests.gpu import families, layers
+
+triton = pytest.importorskip("triton")
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "offline.json"
+LAYERS = {
+    # Qwen3-30B-A3B; gpt-oss-120b with its biases and interleaved, transposed weights; Llama 4 in float16, weights on the input
+    "qwen3": layers.make(E=128, K=8, H=2048, F=768, dtype=torch.bfloat16),
+    "gpt-oss": layers.make(
+        E=128,
+        K=4,
+        H=2880,
+        F=2880,
+        layout="interleaved-transposed",
+        activation=layers.ACTIVATIONS["clamped"],
+        bias=True,
+        dtype=torch.bfloat16,
+    ),
+    "llama4": layers.make(E=16, K=1, H=5120, F=8192, layout="transposed", on=WeightOn.INPUT, dtype=torch.float16),
+    "mixtral-loops": layers.make(E=8, K=2, H=4096, F=14336, layout="separate", dtype=torch.bfloat16),
+    "float32": layers.make(E=8, K=2, H=256, F=512, activation=layers.ACTIVATIONS["gelu"]),
+}
+ROWS = (0.03, 8.0, 512.0)  # per expert
+CASES = [("qwen3", target, rows) for target in TARGETS for rows in ROWS]
+CASES += [(name, target, 512.0) for name in LAYERS if name != "qwen3" for target in ("sm_90", "gfx942")]
+EXPECTED = {
+    "sm_80": ({"mma.sync"}, {"mma.sync"}),
+    "sm_90": ({"mma.sync", "wgmma.mma_async"}, {"wgmma.mma_async"}),
+    "sm_100": ({"mma.sync", "tcgen05.mma"}, {"tcgen05.mma"}),
+    "gfx942": ({"v_mfma"}, {"v_mfma"}),
+}
+HALF_WIDE = ("gpt-oss", "llama4")  # transposed weights: rows of the transposed operand come in by what divides
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name,target_name,rows", CASES, ids=str)
+def test_every_family_compiles(name: str, target_name: str, rows: float, record: dict[str, list[int | str]]) -> None:
+    spec, target = LAYERS[name], TARGETS[target_name]
+    tokens = max(1, int(rows * spec.num_experts / spec.top_k))
+    small, large = EXPECTED[target_name]
+    for form, function, kernel in families.of_experts(spec, tokens, target):
+        built = gpu_offline.compile_for(kernel, function, target, spec, gpu_text.contiguous_layouts(spec))
+        where = f"{name} {form} {target_name} at {rows} rows an expert"
+        assert built.spills == 0, f"{where}: {built.spills} bytes spilt"
+        assert built.shared <= target.shared_memory, where
+        if function in families.GEMMS and spec.dtype != torch.float32:
+            used = built.instructions & {"mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma"}
+            assert used & (large if kernel.config.block_m >= 64 else small), f"{where}: {sorted(built.instructions)}"
+            assert built.wide or name in HALF_WIDE or target.backend == "hip", f"{where}: no 16-byte loads"
+        record[f"{name}, {form}, {target_name}, {rows:g}"] = [
+            built.registers, built.shared, built.programs, " ".join(sorted(built.instructions))
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", (families.QWEN_ROUTER, families.DEEPSEEK_ROUTER), ids=lambda s: str(s.num_experts))
+@pytest.mark.parametrize("target_name", TARGETS)
+def test_the_router_compiles(spec: gpu_offline.Any, target_name: str) -> None:
+    for tokens in (1, 8192):
+        target = TARGETS[target_name]
+        form, function, kernel = families.of_router(spec, tokens, target)
+        built = gpu_offline.compile_for(kernel, function, target)
+        assert built.spills == 0, f"{form} {target_name} T={tokens}: {built.spills} bytes spilt"
+
+
+@pytest.mark.parametrize("op", sorted(layers.expr.OPS))
+def test_every_op_of_an_activation_compiles(op: str) -> None:
+    arity = layers.expr.OPS[op].arity
+    activation = (
+        "add",
+        (op, ("in", 0), ("in", 1))[: 1 + arity],
+        (op, layers.expr.const(0.5), ("in", 1))[: 1 + arity] if arity > 1 else ("in", 1),
+    )
+    spec = layers.make(E=2, K=1, H=64, F=64, activation=activation, dtype=torch.bfloat16)
+    for target_name in ("sm_90", "gfx942"):
+        target = TARGETS[target_name]
+        for form, function, kernel in families.of_experts(spec, 64, target):
+            if form in ("up (train)", "grad_z"):
+                gpu_offline.compile_for(kernel, function, target, spec, gpu_text.contiguous_layouts(spec))
+
+
+@pytest.fixture(scope="module")
+def record() -> gpu_offline.Any:
+    """What was built, held against the golden file at the end: registers may move by an eighth, instructions may not."""
+    found: dict[str, list[int | str]] = {}
+    yield found
+    for key, (registers, shared, programs, instructions) in found.items():
+        print(f"{key:44} registers {registers:>4} spills 0 shared {shared:>7} programs/SM {programs:>2} {instructions}")
+    key = ".".join(triton.__version__.split(".")[:2])
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    if os.environ.get("MOE_UPDATE_GOLDEN"):
+        golden[key] = {**golden.get(key, {}), **found}
+        lines = [f'"{k}": {json.dumps(v)}' for k, v in sorted(golden[key].items())]
+        GOLDEN.write_text("{\n" + f'"{key}": {{\n' + ",\n".join(lines) + "\n}\n}\n")
+        return
+    for name, values in golden.get(key, {}).items():
+        if name in found:
+            assert found[name][3] == values[3], f"{name}: instructions {found[name][3]!r}, were {values[3]!r}"
+            assert found[name][0] <= values[0] * 1.125, f"{name}: {found[name][0]} registers, were {values[0]}"
+            assert found[name][1] == values[1], f"{name}: {found[name][1]} bytes of shared memory, were {values[1]}"
