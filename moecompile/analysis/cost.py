@@ -165,12 +165,6 @@ def backward(shape: Shape, tokens: int, machine: Machine) -> Floor:
     return _floor(LEAST_BACKWARD, BACKWARD, shape, tokens, machine, save=True)
 
 
-def kernel_floor(name: str, shape: Shape, tokens: int, machine: Machine) -> float:
-    """Least seconds of one kernel of FORWARD or BACKWARD. KeyError for another name."""
-    kernels = FORWARD if name in [k.name for k in FORWARD] else BACKWARD
-    return machine.seconds(*work(kernels, shape, tokens)[name])
-
-
 def predict(spec: MoESpec | ExpertsSpec, tokens: int, machine: Machine, train: bool = False) -> float:
     """Seconds our kernels need at best: forward, or forward and backward."""
     shape = shape_of(spec)

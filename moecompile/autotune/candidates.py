@@ -35,13 +35,11 @@ _COST_NAMES = {
 }  # fmt: skip
 
 
-def candidates(problem: Problem, machine: Machine, most: int = MOST, block_m: int | None = None) -> list[Config]:
-    """At most `most` configurations that fit the machine: the closed form, then by rising estimate, near ones first.
+def candidates(problem: Problem, machine: Machine, block_m: int | None = None) -> list[Config]:
+    """At most MOST configurations that fit the machine: the closed form, then by rising estimate, near ones first.
 
     `block_m` fixes the rows of a tile, where another kernel has chosen them for all.
     """
-    if not 1 <= most <= MOST:
-        raise ValueError(f"candidates: most is {most}, needs 1..{MOST}")
     target = target_of(machine)
     first = closed_form(problem, target, block_m)
     others = [
@@ -55,7 +53,7 @@ def candidates(problem: Problem, machine: Machine, most: int = MOST, block_m: in
 
     chosen, tiles = [first], Counter([_tile(first)])
     for config in sorted(others, key=order):
-        if len(chosen) < most and tiles[_tile(config)] < PER_TILE:
+        if len(chosen) < MOST and tiles[_tile(config)] < PER_TILE:
             chosen.append(config)
             tiles[_tile(config)] += 1
     return chosen

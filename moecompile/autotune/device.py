@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -65,29 +66,41 @@ def routing(tokens: int, num_experts: int, top_k: int, skew: float, generator: t
     return (noise - skew * (rank + 1).log()).topk(top_k, 1).indices
 
 
+def skews_of(problem: Problem) -> list[float]:
+    """The skew of each set of inputs: as many sets as it takes to exceed ROTATED bytes, at most MOST_SETS."""
+    shape, tokens = problem.shape, _tokens(problem)
+    weights = problem.num_experts * problem.intermediate * (problem.projections * problem.hidden + problem.out_features)
+    rows = tokens * (problem.num_experts if problem.kernel == "router" else problem.hidden)
+    held = (rows if problem.kernel == "router" else rows + weights) * shape.weight_bytes
+    return [SKEWS[i % len(SKEWS)] for i in range(min(MOST_SETS, math.ceil(ROTATED / held)))]
+
+
 def make_inputs(problem: Problem, device: torch.device) -> list[Inputs]:
-    """As many sets as it takes to exceed ROTATED bytes, at most MOST_SETS."""
-    tokens = bucket.representative(problem.bucket, problem.top_k, problem.num_experts)
-    generator = torch.Generator(device).manual_seed(1)
+    """The sets that take turns. MemoryError where they do not fit."""
+    try:
+        return [_set(problem, device, i, skew) for i, skew in enumerate(skews_of(problem))]
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"a layer of {problem} does not fit beside what holds the GPU's memory: {error}") from error
+
+
+def _tokens(problem: Problem) -> int:
+    return bucket.representative(problem.bucket, problem.top_k, problem.num_experts)
+
+
+def _set(problem: Problem, device: torch.device, number: int, skew: float) -> Inputs:
+    tokens, generator = _tokens(problem), torch.Generator(device).manual_seed(number)
     E, H, F, O, P = problem.num_experts, problem.hidden, problem.intermediate, problem.out_features, problem.projections
     dtype = getattr(torch, problem.dtype)
+
+    ids = routing(tokens, E, problem.top_k, skew, generator)
 
     def normal(scale: float, *size: int) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device).normal_(std=scale, generator=generator)
 
-    found: list[Inputs] = []
-    total = 0
-    while not found or (total < ROTATED and len(found) < MOST_SETS):
-        ids = routing(tokens, E, problem.top_k, SKEWS[len(found) % len(SKEWS)], generator)
-        if problem.kernel == "router":
-            one = Inputs(normal(1.0, tokens, E), ids, ids, ())
-        else:
-            weights = torch.rand(ids.shape, device=device, generator=generator).to(dtype)
-            params = (normal(H**-0.5, E, P * F, H), normal(F**-0.5, E, O, F))
-            one = Inputs(normal(1.0, tokens, H), weights, ids, params)
-        found.append(one)
-        total += sum(t.nbytes for t in (one.x, *one.params))
-    return found
+    if problem.kernel == "router":
+        return Inputs(normal(1.0, tokens, E), ids, ids, ())
+    weights = torch.rand(ids.shape, device=device, generator=generator).to(dtype)
+    return Inputs(normal(1.0, tokens, H), weights, ids, (normal(H**-0.5, E, P * F, H), normal(F**-0.5, E, O, F)))
 
 
 @contextlib.contextmanager
@@ -140,20 +153,24 @@ class Device:
         return time.monotonic()
 
     def floor(self, problem: Problem) -> float:
-        if problem.kernel == "router":
-            return floor_seconds(problem, self.machine)
-        hit = [len(one.ids.unique()) for one in self._sets(problem)[0]]
+        hit = [len(self._routing(problem, i, skew).unique()) for i, skew in enumerate(skews_of(problem))]
         return floor_seconds(problem, self.machine, sum(hit) / len(hit))
 
+    def _routing(self, problem: Problem, number: int, skew: float) -> Tensor:
+        """The ids of a set, without its weights."""
+        generator = torch.Generator(self.device).manual_seed(number)
+        return routing(_tokens(problem), problem.num_experts, problem.top_k, skew, generator)
+
     def measure(self, problem: Problem, config: Config) -> float:
-        return statistics.median(self._samples(self._ready(problem, config)) for _ in range(ROUNDS))
+        ready = self._ready(problem, config)
+        return statistics.median(self._sample(ready) for _ in range(ROUNDS))
 
     def versus(self, problem: Problem, a: Config, b: Config) -> tuple[float, float]:
         both = [self._ready(problem, c) for c in (a, b)]
         times: tuple[list[float], list[float]] = ([], [])
         for turn in range(2 * ROUNDS):
             for i in (0, 1) if turn % 2 else (1, 0):
-                times[i].append(self._samples(both[i]))
+                times[i].append(self._sample(both[i]))
         return statistics.median(times[0]), statistics.median(times[1])
 
     def _sets(self, problem: Problem) -> tuple[list[Inputs], list[list[Tensor]]]:
@@ -161,13 +178,18 @@ class Device:
         if self._held is None or self._held[0] != problem:
             self._held = None  # frees the last problem's before these are made
             inputs = make_inputs(problem, self.device)
-            wanted = [_outputs(problem, one) for one in inputs]
+            try:
+                wanted = [_outputs(problem, one) for one in inputs]
+            except Exception as error:
+                if _reason(error) is None:
+                    raise
+                raise BuildError(f"{problem.kernel} does not run untuned on a layer of {problem}: {error}") from error
             self._held = (problem, inputs, wanted)
         return self._held[1], self._held[2]
 
     def _ready(self, problem: Problem, config: Config) -> tuple[Launch, int]:
         """What launches the family's kernels on every set once, and how many sets there are. Refused, DeviceLost."""
-        inputs, wanted = self._sets(problem)
+        inputs, wanted = self._sets(problem)  # what fails here is not the configuration's fault
         try:
             with in_force(problem, config), recorded(problem.kernel) as launches:
                 for one, right in zip(inputs, wanted, strict=True):
@@ -193,10 +215,11 @@ class Device:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             all_of_them()
-        return graph.replay
+        kept = (graph, launches)  # the graph writes to the tensors that the launches hold
+        return lambda: kept[0].replay()
 
-    def _samples(self, ready: tuple[Launch, int]) -> float:
-        """Seconds of one pass over one set, of a round of at least ROUND_SECONDS."""
+    def _sample(self, ready: tuple[Launch, int]) -> float:
+        """Seconds of the launches of one set, in a round of at least ROUND_SECONDS."""
         launch, sets = ready
         if self.device.type != "cuda":
             start = time.perf_counter()

@@ -103,7 +103,7 @@ def versions() -> dict[str, str]:
         import triton
 
         found = str(triton.__version__)
-    except ImportError:
+    except Exception:  # a broken installation raises anything
         found = "none"
     return {"torch": str(torch.__version__), "triton": found, "moecompile": moecompile.__version__}
 

@@ -14,7 +14,7 @@ class Progress:
     """Counts of `total` measurements, their rate, the best time so far and its share of the floor."""
 
     def __init__(self, total: int, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self.total, self.done = total, 0
+        self.total, self.done, self._measured = total, 0, 0
         self._stream, self._clock = stream, clock
         self._bar = stream.isatty()
         self._start, self._shown = clock(), float("-inf")
@@ -26,6 +26,7 @@ class Progress:
     def step(self, label: str, best: float, floor: float) -> None:
         """One more measurement; `best` seconds so far for `label` (0 if none yet), whose floor is `floor` seconds."""
         self.done += 1
+        self._measured += 1
         text = self._text(label, best, floor)
         if self._bar:
             filled = int(_WIDTH * self.done / max(self.total, self.done))
@@ -44,6 +45,6 @@ class Progress:
 
     def _text(self, label: str, best: float, floor: float) -> str:
         elapsed = self._clock() - self._start
-        rate = f"{self.done / elapsed:.1f}/s" if elapsed > 0 else "-/s"
+        rate = f"{self._measured / elapsed:.1f}/s" if elapsed > 0 else "-/s"
         found = f"best {best * 1e6:.1f} us, {100 * floor / best:.0f} % of the floor" if best > 0 else "none ran yet"
         return f"{self.done}/{self.total} {rate} {label}: {found}"

@@ -15,7 +15,7 @@ from moecompile.autotune import bucket
 from moecompile.autotune.candidates import MOST, candidates, target_of
 from moecompile.autotune.entry import Choice, Measurement
 from moecompile.autotune.key import Key, Problem, environment_of
-from moecompile.autotune.measure import Refused, Timer
+from moecompile.autotune.measure import DeviceLost, Refused, Timer
 from moecompile.autotune.progress import Progress
 from moecompile.autotune.store import Store
 from moecompile.kernels.gpu.config import Config
@@ -91,7 +91,7 @@ class _Tuning:
         stopped = self._measure_all(configs, known)
         self.progress.skip(MOST - self.measured)
         best = min(self.times, key=lambda c: self.times[c], default=None)
-        if best is None or not self.budget.allows(1):
+        if best is None or (best != configs[0] and not self.budget.allows(1)):
             return self._outcome(None, stopped)
         choice = self._better(best, configs[0])
         self.store.put(choice)
@@ -103,7 +103,7 @@ class _Tuning:
 
     def _candidates(self, block_m: int | None) -> list[Config]:
         """The default first; then what was imported, and the list, at most MOST together."""
-        found = candidates(self.problem, self.machine, MOST, block_m)
+        found = candidates(self.problem, self.machine, block_m)
         proposed = self.store.proposal(self.problem)
         if proposed is not None and proposed not in found and block_m in (None, proposed.block_m):
             found = [found[0], proposed, *found[1 : MOST - 1]]
@@ -111,7 +111,7 @@ class _Tuning:
 
     def _measure_all(self, configs: list[Config], known: Mapping[Config, Measurement]) -> str:
         for config in configs:
-            if config in known:
+            if config in known and known[config].refused != "memory":  # there may be more of it today
                 seconds = known[config].seconds
             elif self.budget.allows(2):  # this one, and the comparison at the end
                 seconds = self._measure(config)
@@ -130,6 +130,9 @@ class _Tuning:
             seconds = self.timer.measure(self.problem, config)
         except Refused as error:
             refused = error.reason
+        except DeviceLost:
+            self.store.put(Measurement(self.key, config, 0.0, "launch"))  # so that the next run passes it by
+            raise
         self.budget.spent(start)
         self.measured += 1
         self.store.put(Measurement(self.key, config, seconds, refused))

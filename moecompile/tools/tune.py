@@ -25,6 +25,7 @@ from moecompile.autotune.store import Store
 from moecompile.autotune.tuner import Budget, Outcome
 from moecompile.codegen import gpu_choose
 from moecompile.codegen.gpu import triton_missing
+from moecompile.errors import BuildError
 from moecompile.ir.spec import RouterSpec
 
 MODELS = {  # hidden, intermediate, experts, top_k
@@ -55,9 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     try:
         return _main(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         print(f"moecompile tune: {error}", file=sys.stderr)
         return 2
+    except BuildError as error:
+        print(f"moecompile tune: {error}", file=sys.stderr)
+        return 1
     except DeviceLost as error:
         print(f"moecompile tune: the GPU stopped working: {error}\nWhat was measured is kept; run again to go on.", file=sys.stderr)
         return 1

@@ -8,12 +8,12 @@ import re
 
 import pytest
 import torch
-from moecompile.kernels.gpu.config import Config
 
 from moecompile.autotune.entry import Choice
 from moecompile.autotune.key import Key, Problem, environment_of
 from moecompile.autotune.store import Store
 from moecompile.codegen import gpu_choose
+from moecompile.kernels.gpu.config import Config
 from moecompile.tools import tune
 
 SHAPE = "H2048,F768,E128,K8,bf16"

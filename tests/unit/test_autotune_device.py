@@ -36,15 +36,19 @@ from moecompile.autotune.key import Problem
 from moecompile.autotune.measure import Refused
 
 machine, found = MACHINES["H100"], {}
-device.ROTATED = device.ROUNDS = 1
+device.ROTATED, device.ROUNDS = 1, 2
 timer = device.Device(machine, torch.device("cpu"))
 for kernel in ("up", "decode_down", "router"):
     sizes = (1, 1, 8, 2, 1, 1) if kernel == "router" else (32, 16, 8, 2, 32, 2)
     problem = Problem(kernel, "float32", *sizes, bucket=0 if kernel == "decode_down" else 1)
     config = candidates(problem, machine)[1]
+    timer._sets(problem)
+    right, runs = device._outputs, []
+    device._outputs = lambda *a: runs.append(1) or right(*a)
     found[kernel] = [timer.measure(problem, config), timer.floor(problem)]
+    device._outputs = right
+    assert len(runs) == 1, "the op runs once a set, and its kernel is timed alone"
     if kernel == "up":
-        right = device._outputs
         for factor in (1.1, float("nan")):
             device._outputs = lambda *a: [t * factor for t in right(*a)]
             try:
@@ -84,12 +88,14 @@ def test_routing_chooses_distinct_experts_and_skew_crowds_them() -> None:
 
 
 def test_inputs_take_turns_until_they_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "ROTATED", 100_000)
+    monkeypatch.setattr(device, "ROTATED", 200_000)
     sets = make_inputs(TINY, torch.device("cpu"))
     held = [sum(t.nbytes for t in (s.x, *s.params)) for s in sets]
-    assert 1 < len(sets) <= device.MOST_SETS
-    assert sum(held) >= 100_000 or len(sets) == device.MOST_SETS
-    assert sum(held[:-1]) < 100_000
+    assert 1 < len(sets) < device.MOST_SETS
+    assert sum(held) >= 200_000 > sum(held[:-1])
+    timer = device.Device(MACHINES["H100"], torch.device("cpu"))
+    for i, (one, skew) in enumerate(zip(sets, device.skews_of(TINY), strict=True)):
+        assert torch.equal(one.ids, timer._routing(TINY, i, skew)), "the floor counts the experts that are really hit"
     assert not torch.equal(sets[0].params[0], sets[1].params[0])
     again = make_inputs(TINY, torch.device("cpu"))
     assert all(torch.equal(a.x, b.x) and torch.equal(a.ids, b.ids) for a, b in zip(sets, again, strict=True)), "runs compare"

@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Iterator
 
 import pytest
-from moecompile.kernels.gpu.config import Config
 
 from moecompile.autotune import pack, source
 from moecompile.autotune.entry import Choice, Measurement
@@ -16,6 +15,7 @@ from moecompile.autotune.key import Environment, Key, Problem, environment_of, s
 from moecompile.autotune.store import Store
 from moecompile.codegen import gpu_choose
 from moecompile.codegen.gpu import set_config_source
+from moecompile.kernels.gpu.config import Config
 
 TARGET = gpu_choose.TARGETS["sm_90"]
 UP = Problem("up", "bfloat16", 2048, 768, 128, 8, 2048, 2, bucket=3)

@@ -7,17 +7,17 @@ import pathlib
 from collections import Counter
 
 import pytest
-from moecompile.kernels.gpu.config import Config
 
 from moecompile.analysis.machine import MACHINES
 from moecompile.autotune import family
 from moecompile.autotune.candidates import MOST, candidates, closed_form, target_of
 from moecompile.autotune.entry import Measurement, Proposal
 from moecompile.autotune.key import Key, Problem, environment_of
-from moecompile.autotune.measure import Refused, Simulated
+from moecompile.autotune.measure import DeviceLost, Refused, Simulated
 from moecompile.autotune.progress import Progress
 from moecompile.autotune.store import Store
 from moecompile.autotune.tuner import ENOUGH, Budget, Outcome, tune
+from moecompile.kernels.gpu.config import Config
 from moecompile.tools.tune import tune_all
 
 H200 = MACHINES["H200"]
@@ -134,6 +134,28 @@ def test_refused_configurations_are_remembered(store: Store) -> None:
     timer = Scripted({})
     run(store, timer)
     assert not timer.calls
+
+
+def test_a_lost_device_ends_the_run_and_its_cause_is_passed_by(store: Store) -> None:
+    class Fragile(Scripted):
+        def measure(self, problem: Problem, config: Config) -> float:
+            if config == candidates(PROBLEM, H200)[2]:
+                raise DeviceLost("illegal memory access")
+            return super().measure(problem, config)
+
+    with pytest.raises(DeviceLost):
+        run(store, Fragile({7: 2.0}))
+    assert [m.refused for m in store.measurements(key()).values() if m.refused] == ["launch"]
+    outcome = run(store, Fragile({7: 2.0}))
+    assert outcome.stopped == "list" and outcome.measured == MOST - 3
+
+
+def test_a_want_of_memory_is_not_held_against_a_configuration(store: Store) -> None:
+    default = closed_form(PROBLEM, target_of(H200))
+    store.put(Measurement(key(), default, 0.0, "memory"))
+    timer = Scripted({0: 2.0})
+    outcome = run(store, timer)
+    assert timer.calls[default] == 1 and outcome.choice and outcome.choice.config == default
 
 
 def test_where_nothing_runs_nothing_is_chosen(store: Store) -> None:

@@ -8,11 +8,11 @@ import json
 from typing import Any
 
 import pytest
-from moecompile.kernels.gpu.config import Config
 
 from moecompile.autotune import entry
 from moecompile.autotune.entry import Choice, Entry, Measurement, Proposal
 from moecompile.autotune.key import Environment, Key, Problem
+from moecompile.kernels.gpu.config import Config
 
 PROBLEM = Problem("up", "bfloat16", 2048, 768, 128, 8, 2048, 2, bucket=3)
 ENVIRONMENT = Environment("sm_90", 132, "2.13.0+cu130", "3.7.1", "0.1.0", "device")

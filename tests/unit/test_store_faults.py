@@ -14,13 +14,13 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
-from moecompile.kernels.gpu.config import Config
 
 from moecompile.autotune import entry, folder, store
 from moecompile.autotune.entry import Choice, Measurement
 from moecompile.autotune.folder import Folder
 from moecompile.autotune.key import Environment, Key, Problem
 from moecompile.autotune.store import Store
+from moecompile.kernels.gpu.config import Config
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROBLEM = Problem("up", "bfloat16", 2048, 768, 128, 8, 2048, 2, bucket=3)
