@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -162,7 +161,7 @@ def _matching(fields: dict[str, Any], name: str, form: re.Pattern[str]) -> str:
 
 def _seconds(fields: dict[str, Any], name: str) -> float:
     value = fields[name]
-    if type(value) not in (int, float) or not math.isfinite(value) or not 0 < value <= _LONGEST:
+    if type(value) not in (int, float) or not 0 < value <= _LONGEST:
         raise ValueError(f"{name} is {str(value)[:40]!r}, needs seconds above 0 and up to {_LONGEST:g}")
     return float(value)
 
