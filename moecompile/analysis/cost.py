@@ -22,6 +22,7 @@ from functools import lru_cache
 import sympy
 
 from moecompile.analysis.machine import Machine
+from moecompile.analysis.machine import default_machine as default_machine  # for those who read costs alone
 from moecompile.ir.spec import ExpertsSpec, MoESpec
 
 T, K, E, H, F, O, P, D, w, b, z, r = SYMBOLS = sympy.symbols("T K E H F O P D w b z r", positive=True)

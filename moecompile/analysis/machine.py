@@ -70,6 +70,13 @@ def known(device_name: str) -> Machine | None:
     return next((m for m in MACHINES.values() if m.name in words), None)
 
 
+def default_machine() -> Machine:
+    """The GPU at hand, of the table or else measured; the CPU, measured in float32, where there is none."""
+    if not torch.cuda.is_available():
+        return measured("cpu")
+    return known(torch.cuda.get_device_name()) or measured("cuda", torch.bfloat16, 8192)
+
+
 @lru_cache(8)
 def measured(device_type: str = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024, rounds: int = 5) -> Machine:
     """The machine at hand by two numbers: the best of `rounds` matmuls of size^3 and of copies of 64 size^2 elements.

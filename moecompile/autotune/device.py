@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompile.analysis.machine import Machine, known, measured
+from moecompile.analysis.machine import Machine, default_machine
 from moecompile.autotune import bucket
 from moecompile.autotune.candidates import closed_form, floor_seconds
 from moecompile.autotune.family import BACKWARD, DECODE, LEADER
@@ -43,7 +43,7 @@ Launch = Callable[[], None]
 def machine_here(device: torch.device) -> Machine:
     """The GPU at hand: of the table, else measured; its limits as the driver has them."""
     target = gpu_choose.target_of(device)
-    found = known(torch.cuda.get_device_name(device)) or measured("cuda", torch.bfloat16, 8192)
+    found = default_machine()
     arch = f"sm_{target.arch}" if isinstance(target.arch, int) else target.arch
     return dataclasses.replace(found, arch=arch, sms=target.processors, block_shared=target.shared_memory)
 

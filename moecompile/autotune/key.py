@@ -65,14 +65,16 @@ class Key:
 
 
 def problem_of(family: str, spec: ExpertsSpec | RouterSpec, tokens: int) -> Problem | None:
-    """What a kernel is tuned as; None where the store knows no such layer."""
+    """What a kernel is tuned as; None where the store knows no such layer: another dtype, or experts with a parameter each, whose
+    pointers take registers that a configuration measured on stacked weights does not leave."""
     if isinstance(spec, RouterSpec):
         sizes, dtype = (1, 1, spec.num_experts, spec.top_k, 1, 1), torch.float32
     else:
         sizes = (spec.hidden, spec.intermediate, spec.num_experts, spec.top_k, spec.out_features, len(spec.projections))
         dtype = spec.dtype
     name = str(dtype).removeprefix("torch.")
-    if name not in DTYPES or spec.top_k > spec.num_experts:
+    stacked = isinstance(spec, RouterSpec) or all(w.stacked for w in spec.weights())
+    if name not in DTYPES or not stacked or spec.top_k > spec.num_experts:
         return None
     return Problem(family, name, *sizes, bucket=bucket_of(tokens, spec.top_k, spec.num_experts))
 

@@ -6,12 +6,14 @@ import dataclasses
 import itertools
 
 import pytest
+import torch
 
 from moecompile.analysis.machine import MACHINES, Machine
 from moecompile.autotune import bucket, entry, family
 from moecompile.autotune.candidates import MOST, candidates, closed_form, estimate, floor_seconds, refusal, target_of
 from moecompile.autotune.key import Problem, problem_of, spec_of
 from moecompile.codegen import gpu_choose
+from moecompile.ir.spec import ExpertsSpec
 from moecompile.kernels.gpu.config import Config
 
 H200 = MACHINES["H200"]
@@ -85,6 +87,14 @@ def test_a_problem_is_its_specs_problem(kernel: str) -> None:
         one = dataclasses.replace(one, dtype="float32", hidden=1, intermediate=1, out_features=1, projections=1)
     tokens = bucket.representative(3, one.top_k, one.num_experts)
     assert problem_of(kernel, spec_of(one), tokens) == one
+
+
+def test_some_layers_are_not_tuned() -> None:
+    spec = spec_of(problem("up", 3))
+    assert isinstance(spec, ExpertsSpec) and problem_of("up", spec, 512) is not None
+    separate = dataclasses.replace(spec.down, params=tuple(range(1, 129)), shape=(2048, 768), e=0)
+    assert problem_of("up", dataclasses.replace(spec, down=separate), 512) is None
+    assert problem_of("up", dataclasses.replace(spec, dtype=torch.float64), 512) is None
 
 
 def test_every_family_of_the_table_can_be_stored() -> None:

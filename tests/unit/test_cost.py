@@ -126,6 +126,13 @@ def test_measured_cpu_gives_two_positive_numbers() -> None:
     assert found is measured("cpu", torch.float32, 128, 2)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_default_machine_without_a_gpu_is_this_cpu() -> None:
+    spec = experts_spec(64, 32, 8, 2)
+    assert cost.default_machine().name == "cpu"
+    assert cost.expected_gain(spec, 512, cost.default_machine()) >= 1.0
+
+
 def test_bad_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="K <= E"):
         cost.Shape(8, 8, 2, 3, 8)
