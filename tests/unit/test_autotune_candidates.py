@@ -32,7 +32,7 @@ def problem(kernel: str, index: int, shape: str = "qwen3", dtype: str = "bfloat1
 @pytest.mark.parametrize("kernel", family.AXES)
 def test_at_most_twelve_that_fit_the_default_first(machine: Machine, kernel: str) -> None:
     target = target_of(machine)
-    for shape, index, dtype in itertools.product(SHAPES, (0, 3, 6), ("bfloat16", "float32")):
+    for shape, index, dtype in itertools.product(SHAPES, (0, 5), ("bfloat16", "float32")):
         one = problem(kernel, index, shape, dtype)
         found = candidates(one, machine)
         assert 1 <= len(found) <= MOST == 12

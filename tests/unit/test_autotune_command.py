@@ -9,6 +9,7 @@ import re
 import pytest
 import torch
 
+from moecompile.autotune import pack
 from moecompile.autotune.entry import Choice
 from moecompile.autotune.key import Key, Problem, environment_of
 from moecompile.autotune.store import Store
@@ -68,6 +69,16 @@ def test_export_and_import(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
     assert command("--import", str(tmp_path / "pack.json"), "--simulate", "--budget", "1h") == 0
     assert "1 configurations taken up; each runs once it was measured on this machine" in capsys.readouterr().out
     assert Store().proposal(problem) == real.config
+
+
+@no_gpu
+def test_a_pack_can_be_taken_up_without_a_gpu(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    problem = Problem("up", "bfloat16", 2048, 768, 128, 8, 2048, 2, bucket=3)
+    config = Config(64, 32, 64, 4, 3)
+    pack.write(tmp_path / "pack.json", [Choice(Key(problem, environment_of(gpu_choose.TARGETS["sm_90"])), config, 1e-4, 2e-4)])
+    assert command("--import", str(tmp_path / "pack.json")) == 0
+    assert "they wait for the next tuning" in capsys.readouterr().out
+    assert Store().proposal(problem) == config
 
 
 @pytest.mark.parametrize(
