@@ -14,14 +14,15 @@ import hashlib
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from moecompile.errors import Unsupported
 from moecompile.ir import surgery
 from moecompile.ir.spec import ExpertsSpec
 from moecompile.passes import Context, Entry, Phase, graph_pass
 from moecompile.recognize.layer import Layer, layers
-from moecompile.recognize.roles import Ref
+from moecompile.recognize import dims as D
+from moecompile.recognize.roles import Chosen, DenseWeights, Ref
 from moecompile.recognize.walk import Walk, walk
 
 
@@ -73,11 +74,12 @@ class _Replacement:
             self.check_unwritten(ref)
         self.check_aliases()
         inputs = list(dict.fromkeys(r.node for r in reads))
-        nodes = surgery.slice_of(end.node, set(inputs), self.writers_of)
+        nodes = surgery.slice_of(end.node, set(inputs), lambda n: self.walk.writers(n, end.step))
+        self.check_observed(nodes)
         region = self.cut_out(nodes, reads, weights)
         self.insert(weights, region)
         candidates = surgery.with_size_queries(nodes, self.walk.nodes)
-        surgery.erase(self.graph, candidates, self.written_by, self.walk.step)
+        surgery.erase(self.graph, candidates, self.walk.sharers, self.walk.step)
 
     # ------------------------------------------------------------ checks
 
@@ -88,7 +90,25 @@ class _Replacement:
         ref = w.ref if w.ref is not None else self.mode.ref(w.base)
         if ref is None:
             raise Unsupported("no node holds the routing weights")
+        if w.ref is None:  # [T,K] (or [T,E]) by tokens first, or what is taken for weights is something else
+            held = self.mode.get(w.base)
+            if not isinstance(held, (Chosen, DenseWeights)) or held.tree != w.tree or not D.in_pair_order(held.dims):
+                raise Unsupported("the routing weights are overwritten, or not laid out by token and slot")
+            if w.dense and (len(held.dims) != 2 or "e" in D.names(held.dims[:1])):
+                raise Unsupported("the dense routing weights are not laid out by token and expert")
         return ref
+
+    def check_observed(self, nodes: set[fx.Node]) -> None:
+        """No rows of the experts may be read outside: to still produce them, the original would have to run as well."""
+        inside = surgery.with_size_queries(nodes, self.walk.nodes)
+        for n in nodes:
+            v = self.walk.values.get(n)
+            for t in v if isinstance(v, (tuple, list)) else (v,):
+                heavy = id(t) in self.walk.heavy or t is self.end.tensor
+                replaced = t is self.end.tensor
+                outside = [u for u in n.users if u not in inside and not (replaced and self.step(u) > self.end.step)]
+                if heavy and outside:
+                    raise Unsupported(f"{n.name}, a value inside the layer, is used by {outside[0].name} too")
 
     def check_unwritten(self, ref: Ref) -> None:
         writes = self.mode.written.get(ref.storage, [])
@@ -98,32 +118,14 @@ class _Replacement:
     def check_aliases(self) -> None:
         """Nothing else may look at the output's memory: the new output lies elsewhere."""
         key = self.mode.key(self.end.tensor)
-        for n, v in self.walk.values.items():
-            if isinstance(v, Tensor) and self.mode.key(v) == key and v is not self.end.tensor:
+        for n in self.walk.on_storage.get(key, ()):
+            if self.walk.values[n] is not self.end.tensor:
                 made_before = self.walk.step[n] <= self.end.step
                 if made_before and (n.op == "placeholder" or any(self.step(u) > self.end.step for u in n.users)):
                     raise Unsupported(f"{n.name}, a view of the layer's output made before it was complete, is used later")
 
     def step(self, n: fx.Node) -> int:
         return self.walk.step.get(n, 1 << 60)
-
-    # ------------------------------------------------------------ storages
-
-    def holders(self, key: object) -> list[fx.Node]:
-        return [n for n, v in self.walk.values.items() if isinstance(v, Tensor) and self.mode.key(v) == key]
-
-    def writers_of(self, n: fx.Node) -> list[fx.Node]:
-        """The nodes up to the end that write a storage n holds."""
-        v = self.walk.values.get(n)
-        if not isinstance(v, Tensor):
-            return []
-        return [self.walk.nodes[s] for s in self.mode.written.get(self.mode.key(v), []) if s <= self.end.step]
-
-    def written_by(self, n: fx.Node) -> list[fx.Node]:
-        """The other nodes that hold a storage n writes."""
-        at = self.walk.step.get(n)
-        keys = [k for k, steps in self.mode.written.items() if at in steps]
-        return [m for k in keys for m in self.holders(k) if m is not n]
 
     # ------------------------------------------------------------ the original, kept
 

@@ -89,10 +89,10 @@ class _Rewrite:
         inputs = {r.node for r in reads}
         nodes: set[fx.Node] = set()
         for result in results:
-            nodes |= surgery.slice_of(result, inputs, self.writers_of(at))
+            nodes |= surgery.slice_of(result, inputs, lambda n: walked.writers(n, at))
         self.check(nodes, at)
         self.insert(reads, at)
-        surgery.erase(self.gm.graph, surgery.with_size_queries(nodes, walked.nodes), self.written_by, walked.step)
+        surgery.erase(self.gm.graph, surgery.with_size_queries(nodes, walked.nodes), walked.sharers, walked.step)
         return router.spec
 
     def check(self, nodes: set[fx.Node], at: int) -> None:
@@ -112,21 +112,6 @@ class _Rewrite:
 
     def step(self, n: fx.Node) -> int:
         return self.walk.step.get(n, 1 << 60)
-
-    def writers_of(self, at: int):  # type: ignore[no-untyped-def]
-        def writers(n: fx.Node) -> list[fx.Node]:
-            v = self.walk.values.get(n)
-            if not isinstance(v, Tensor):
-                return []
-            return [self.walk.nodes[s] for s in self.mode.written.get(self.mode.key(v), []) if s <= at]
-
-        return writers
-
-    def written_by(self, n: fx.Node) -> list[fx.Node]:
-        at = self.walk.step.get(n)
-        keys = {k for k, steps in self.mode.written.items() if at in steps}
-        held = self.walk.values.items()
-        return [m for m, v in held if isinstance(v, Tensor) and self.mode.key(v) in keys and m is not n]
 
     def insert(self, reads: list[Ref], at: int) -> None:
         router, graph = self.router, self.gm.graph

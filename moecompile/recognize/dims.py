@@ -56,6 +56,12 @@ def size_of(dims: Dims, name: str) -> int:
     return math.prod(s for n, s in axes(dims) if n == name)
 
 
+def in_pair_order(dims: Dims) -> bool:
+    """Are the pair axes in the order token, slot, when the dimensions are flattened?"""
+    found = [n for n, _ in axes(dims) if n in "tk"]
+    return found == sorted(found, key="tk".index)
+
+
 def names(dims: Dims) -> set[str]:
     return {n for n, _ in axes(dims)}
 

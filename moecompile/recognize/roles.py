@@ -257,6 +257,15 @@ class Mask(Role):
 
 
 @dataclass(frozen=True)
+class ExpertWeight(Role):
+    """weights * (ids == expert), by token and slot; without a k axis, summed over the slots."""
+
+    weights: Any
+    routing: Routing
+    expert: int
+
+
+@dataclass(frozen=True)
 class Nonzero(Role):
     """The coordinates of a mask's ones, one row each."""
 
@@ -316,10 +325,10 @@ class Gathered(Role):
 
 @dataclass(frozen=True)
 class Pairs(Role):
-    """A row of numbers for each pair of a space."""
+    """A row of numbers for each pair of a space. `routing` is None where every expert sees every token, unweighted yet."""
 
     expr: PairExpr
-    routing: Routing
+    routing: Routing | None
     space: Space
     top_k: int = 0
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import itertools
+import logging
 import operator
 import pkgutil
 from collections import Counter
@@ -101,6 +102,21 @@ class Walk:
     losses: list[Loss] = field(default_factory=list)
     children: list[tuple[fx.Node, str, Walk]] = field(default_factory=list)  # bodies of higher-order ops
     ends: list[End] = field(default_factory=list)
+    heavy: set[int] = field(default_factory=set)  # ids of tensors that hold rows of the experts
+    on_storage: dict[object, list[fx.Node]] = field(default_factory=dict)  # storage -> the nodes that hold a tensor on it
+
+    def writers(self, n: fx.Node, until: int) -> list[fx.Node]:
+        """The nodes up to step `until` that write the storage n holds."""
+        v = self.values.get(n)
+        if not isinstance(v, Tensor):
+            return []
+        return [self.nodes[s] for s in self.mode.written.get(self.mode.key(v), ()) if s <= until]
+
+    def sharers(self, n: fx.Node) -> list[fx.Node]:
+        """The other nodes that hold a storage n writes in place."""
+        at = self.step.get(n)
+        keys = self.mode.written_at.get(at, ()) if at is not None else ()
+        return [m for k in keys for m in self.on_storage.get(k, ()) if m is not n]
 
 
 class GenericSizes:
@@ -136,6 +152,7 @@ class RoleMode(TorchDispatchMode):
         self.roles: dict[int, tuple[Role, int]] = {}  # id(tensor) -> role, version of its storage when it was given
         self.version: Counter[object] = Counter()  # storage -> writes seen
         self.written: dict[object, list[int]] = {}  # storage -> steps at which it was written
+        self.written_at: dict[int, set[object]] = {}  # step -> storages written at it
         self.group: dict[int, object] = {}  # storage here -> storage of Dynamo's example values, which know all aliases
         self.alive: list[Any] = []  # ids are unique only among living tensors
         self.root: dict[object, Tensor] = {}  # storage -> the first tensor seen on it
@@ -237,6 +254,7 @@ class RoleMode(TorchDispatchMode):
         key = self.key(t)
         self.version[key] += 1
         self.written.setdefault(key, []).append(self.steps)
+        self.written_at.setdefault(self.steps, set()).add(key)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
@@ -255,8 +273,12 @@ class RoleMode(TorchDispatchMode):
         for t in outs:
             if isinstance(t, Tensor):
                 self.root.setdefault(self.key(t), t)
-        found = RULES[packet](self, out, *args, **kwargs) if packet in RULES and self.follow else None
+        found = RULES[packet](self, out, *args, **kwargs) if packet in RULES else None
         found = found if isinstance(found, list) else [found]
+        if not self.follow:  # integers carry no gradient: only they may cross a change of grad mode
+            if any(isinstance(role, Sum) for role in found) and self.current is not None:
+                self.losses.append(Loss(self.current, "the experts run under another grad mode than the rest; it", found[0]))
+            found = [r if isinstance(t, Tensor) and not t.is_floating_point() else None for r, t in zip(found, outs, strict=False)]
         if not any(found) and self.current is not None:
             self._lost(packet, args)
         for argument, schema in zip(args, func._schema.arguments, strict=False):
@@ -331,12 +353,16 @@ def walk(gm: fx.GraphModule, sizes: GenericSizes | None = None) -> Walk:
     result = Walk(gm, mode, list(gm.graph.nodes))
     runner = _Runner(result)
     entered: list[Any] = []
+    noise = logging.getLogger("torch._subclasses.fake_tensor")  # logs failures that are caught here
+    level = noise.level
+    noise.setLevel(logging.CRITICAL)
     with torch.no_grad(), FakeTensorMode(allow_fallback_kernels=False), mode:
         try:
             for i, n in enumerate(result.nodes):
                 mode.steps = result.step[n] = i
                 runner.run(n, entered)
         finally:
+            noise.setLevel(level)
             for context in reversed(entered):
                 torch.amp.autocast_mode._exit_autocast(context)
     result.losses = mode.losses
@@ -376,6 +402,7 @@ class _Runner:
         if isinstance(value, Tensor):
             self.mode.alive.append(value)
             self.result.holders.setdefault(id(value), []).append(n)
+            self.result.on_storage.setdefault(self.mode.key(value), []).append(n)
             self.mode.node_of.setdefault(id(value), n)
             role = self.mode.get(value)
             self.note(n, value, role)
@@ -385,6 +412,8 @@ class _Runner:
     def note(self, n: fx.Node, value: Tensor, role: Role | None) -> None:
         if isinstance(role, Sum) and value.dim() == 2:
             self.result.ends.append(End(n, self.mode.steps, value, role))
+        if isinstance(role, (Pairs, SumRows, Sum)):
+            self.result.heavy.add(id(value))
         if isinstance(role, Ids) and role.routing.ids is None:
             role.routing.ids = self.mode.ref(value)
 
@@ -430,6 +459,8 @@ class _Runner:
             self.hold(n, out)
             for t in tensors(out) if isinstance(out, (tuple, list)) else ():
                 mode.alive.append(t)
+                if isinstance(mode.get(t), Pairs):
+                    self.result.heavy.add(id(t))
 
     def value(self, n: fx.Node) -> Any:
         return self.values.get(n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from moecompile.recognize.roles import (
     DENSE_SPACE,
     TOKEN_SPACE,
     Counts,
+    ExpertWeight,
     Full,
     OneHot,
     Pairs,
@@ -34,6 +36,11 @@ def _sum(c: RoleMode, out: Tensor, x: Tensor, dim: Any = None, keepdim: bool = F
         if D.names(rest) <= {"e"} and not any("e" in D.names(role.dims[i : i + 1]) for i in at) and len(rest) == 1:
             return Counts(rest, role.routing, D.sizes(rest)[0])
         return None
+    if isinstance(role, ExpertWeight):
+        last = dim if not isinstance(dim, (list, tuple)) else (dim[0] if len(dim) == 1 else None)
+        if last not in (-1, x.dim() - 1) or x.dim() != 2:
+            return None
+        return dataclasses.replace(role, dims=D.without(role.dims, [1], keepdim))
     if not isinstance(role, Pairs):
         return router.summed(c, out, x, dim, keepdim)
     if dim is None or keepdim:
@@ -45,6 +52,8 @@ def _sum(c: RoleMode, out: Tensor, x: Tensor, dim: Any = None, keepdim: bool = F
 
 def complete(role: Pairs, rest: D.Dims, gone: list[D.Axis]) -> Sum | None:
     """The sum over slots (or over all experts, where every expert saw every token)."""
+    if role.routing is None:
+        return None
     if role.space == TOKEN_SPACE:
         k = role.top_k or role.routing.top_k
         wanted = [] if k == 1 else [("k", k)]

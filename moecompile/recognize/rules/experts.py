@@ -13,6 +13,7 @@ from moecompile.recognize.roles import (
     DENSE_SPACE,
     TOKEN_SPACE,
     Chosen,
+    ExpertWeight,
     Full,
     Gathered,
     Ids,
@@ -97,6 +98,11 @@ def _rows(c: RoleMode, x: Tensor, at: PairToken) -> Role | None:
         found = rows_of_sum(c, x, role, at)
         if found is not None:
             return found
+    if isinstance(role, ExpertWeight):  # summed over the slots, at the tokens where any slot chose the expert
+        same = role.routing is at.routing and role.expert == at.space.expert and "k" not in D.names(role.dims)
+        if not same or "k" in at.space.how or at.space.kind != "subset":
+            return None
+        return Pairs((at.dims[0], *((),) * (x.dim() - 1)), ("weight", role.weights), at.routing, at.space, at.top_k)
     if x.dim() == 1 or (x.dim() == 2 and x.shape[1] == 1 and isinstance(role, Chosen)):
         found_weights = weights_of(c, x) if at.routing.top_k == 1 else None
         if found_weights is None or (found_weights[0].routing or at.routing) is not at.routing:
@@ -119,7 +125,7 @@ def _to_expert_order(c: RoleMode, x: Tensor, at: Perm) -> Role | None:
         return SortedIds(at.dims, at.routing, at.order, role.clamped)
     if isinstance(role, Pairs):
         flat = role.space == TOKEN_SPACE and role.routing is at.routing and D.names(role.dims[:1]) <= {"t", "k", "r"}
-        full = D.sizes(role.dims[:1]) == D.sizes(at.dims)
+        full = D.sizes(role.dims[:1]) == D.sizes(at.dims) and D.in_pair_order(role.dims)
         if flat and full and not D.names(role.dims[1:]) & {"t", "k"}:
             return dataclasses.replace(role, dims=(at.dims[0], *role.dims[1:]), space=space)
         return None
@@ -135,7 +141,7 @@ def _to_expert_order(c: RoleMode, x: Tensor, at: Perm) -> Role | None:
     found = weights_of(c, x)
     if found is None or found[0].dense or x.shape[0] != (D.sizes(at.dims)[0]) or x.numel() != x.shape[0]:
         return None
-    if found[0].routing not in (None, at.routing) or not x.is_floating_point():
+    if found[0].routing not in (None, at.routing) or not D.in_pair_order(found[1]):
         return None
     return Pairs((at.dims[0], *((),) * (x.dim() - 1)), ("weight", found[0]), at.routing, space, at.routing.top_k)
 
@@ -227,6 +233,8 @@ def _bmm(c: RoleMode, out: Tensor, a: Tensor, b: Tensor) -> Role | None:
         return _gathered_product(c, out, a, x, y, transposed=False)
     if isinstance(x, Gathered):
         return _gathered_product(c, out, b, y, x, transposed=True)
+    if x is None or isinstance(x, Leaf):
+        x = _every_expert(c, a) or x
     if isinstance(x, Pairs) and x.space == DENSE_SPACE:
         stack = c.stack(b, 2)
         if stack is None or stack.e is None or len(x.dims) != 3 or D.names(x.dims[:1]) != {"e"} or D.names(x.dims[2:]) > {"c"}:
@@ -236,6 +244,15 @@ def _bmm(c: RoleMode, out: Tensor, a: Tensor, b: Tensor) -> Role | None:
         dims = (*x.dims[:2], D.dim(("c", out.shape[2])))
         return dataclasses.replace(x, dims=dims, expr=("mm", stack.transposed(), x.expr, 0))
     return weighted_sum(c, out, a, b)
+
+
+def _every_expert(c: RoleMode, a: Tensor) -> Pairs | None:
+    """Every token once per expert: rows of x expanded to [E,T,H], before it is known which routing will weigh them."""
+    leaf = c.leaf(a)
+    made = rows_of(leaf, "e") if leaf is not None and "b" in D.names(leaf.dims) else None
+    if made is None or len(made[1]) != 3 or D.names(made[1][:1]) != {"e"}:
+        return None
+    return Pairs(made[1], made[0], None, DENSE_SPACE)
 
 
 def _gathered_product(c: RoleMode, out: Tensor, rows: Tensor, x: Role | None, w: Gathered, transposed: bool) -> Role | None:

@@ -32,7 +32,7 @@ from moecompile.recognize.walk import RoleMode, aten, rule
 
 def is_flat(role: Ids) -> bool:
     """All pairs, token by token and slot by slot, along one dimension."""
-    return len([d for d in role.dims if d]) <= 1 and len(role.dims) == 1
+    return len(role.dims) == 1 and D.in_pair_order(role.dims)
 
 
 def is_iota(role: Role | None, size: int) -> bool:
@@ -48,7 +48,7 @@ def _sort(c: RoleMode, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     if x.dim() == 1 and not descending and isinstance(role, Perm) and not isinstance(out, Tensor):
         return [Iota(D.fresh(x.shape)), Inverse(role.dims, role.routing, role.order)]  # argsort of a permutation
     ids = as_ids(c, x)
-    if ids is None or x.dim() != 1 or descending or ids.clamped or isinstance(out, Tensor):
+    if ids is None or not is_flat(ids) or descending or ids.clamped or isinstance(out, Tensor):
         return None
     order = next(c.orders)
     dims = (D.dim(("p", x.shape[0])),)

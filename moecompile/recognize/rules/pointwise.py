@@ -16,9 +16,11 @@ from moecompile.recognize.roles import (
     Chosen,
     ChosenSum,
     DenseWeights,
+    ExpertWeight,
     Gathered,
     GroupMask,
     Leaf,
+    Mask,
     PairExpr,
     Pairs,
     Role,
@@ -60,6 +62,12 @@ def _as_term(c: RoleMode, t: object, like: Pairs) -> tuple[PairExpr, D.Dims] | N
         return None
     if not isinstance(t, Tensor):
         return None
+    if like.space == DENSE_SPACE and t.dim() == 3 and t.shape[1] == 1 and D.names(like.dims[:1]) == {"e"}:
+        stack = c.stack(t, 2)  # a bias [E,N] as [E,1,N]
+        if stack is None or stack.e is None or D.size_of(like.dims, "e") != stack.experts or len(like.dims) != 3:
+            return None
+        vector = dataclasses.replace(stack, strides=stack.strides[1:], sizes=stack.sizes[1:])
+        return ("bias", vector, 0), (like.dims[0], (), D.dim(("c", t.shape[2])))
     if like.space.kind == "subset" and t.dim() == 1:
         stack = c.stack(t, 1)
         return None if stack is None or t.shape[0] == 1 else (("bias", stack, 0), (D.dim(("c", t.shape[0])),))
@@ -67,12 +75,14 @@ def _as_term(c: RoleMode, t: object, like: Pairs) -> tuple[PairExpr, D.Dims] | N
     if found is None or like.space not in (TOKEN_SPACE, DENSE_SPACE):
         return None
     weights, dims = found
-    if weights.routing is not None and weights.routing is not like.routing:
+    if weights.routing is not None and weights.routing is not like.routing and like.routing is not None:
         return None
     if weights.dense != (like.space == DENSE_SPACE):
         return None
     if weights.routing is None:  # a live-in: its numbered dimensions must be the pairs', all of them and nothing else
         wanted = tuple(tuple(a for a in d if a[0] in "tk") for d in like.dims)
+        if like.routing is None or not D.in_pair_order(like.dims):
+            return None
         offset = len(like.dims) - t.dim()
         if offset < 0 or any(wanted[i] for i in range(offset)) or D.sizes(wanted)[offset:] != tuple(t.shape):
             return None
@@ -96,7 +106,9 @@ def arithmetic(c: RoleMode, out: Tensor, name: str, x: Any, y: Any) -> Role | No
     if dims is None or D.sizes(dims) != tuple(out.shape):
         return None
     k = max(like.top_k, *(r.top_k for r in (a, b) if isinstance(r, Pairs)))
-    return Pairs(dims, (name, left[0], right[0]), like.routing, like.space, k)
+    weighs = next((e[1] for e in (left[0], right[0]) if e[0] == "weight"), None)
+    routing = weighs.routing if like.routing is None and weighs is not None else like.routing
+    return Pairs(dims, (name, left[0], right[0]), routing, like.space, k)
 
 
 def _first_weighting(c: RoleMode, out: Tensor, x: Any, y: Any) -> Role | None:
@@ -137,7 +149,20 @@ def rows_of(leaf: Leaf, broadcast: str = "b") -> tuple[PairExpr, D.Dims] | None:
 def _mul(c: RoleMode, out: Tensor, x: Any, y: Any) -> Role | None:
     if not out.is_floating_point():
         return None
-    return router.scaled(c, x, y) or router.scaled(c, y, x) or arithmetic(c, out, "mul", x, y)
+    return router.scaled(c, x, y) or router.scaled(c, y, x) or _of_expert(c, x, y) or _of_expert(c, y, x) or arithmetic(c, out, "mul", x, y)
+
+
+def _of_expert(c: RoleMode, weights: Any, mask: Any) -> Role | None:
+    """weights * (ids == e)."""
+    m = c.get(mask)
+    found = weights_of(c, weights) if isinstance(m, Mask) and len(m.dims) == 2 else None
+    if found is None or not isinstance(m, Mask) or found[0].dense or D.names(m.dims[:1]) > {"t"} or D.names(m.dims[1:]) > {"k"}:
+        return None
+    if found[0].routing not in (None, m.routing) or tuple(weights.shape) != D.sizes(m.dims):
+        return None
+    if found[0].routing is not None and found[1] != m.dims:
+        return None
+    return ExpertWeight(m.dims, found[0], m.routing, m.expert)
 
 
 @rule(aten.add, aten.add_)
@@ -273,7 +298,7 @@ def _masked_fill(c: RoleMode, out: Tensor, x: Tensor, mask: Tensor, value: Any) 
             return dataclasses.replace(role, expr=("sentinel", m.bound, role.expr)) if same and fits else None
         found = weights_of(c, x)
         if found is not None and m.order is None and x.shape == mask.shape and not found[0].dense:
-            if found[0].routing in (None, m.routing):
+            if found[0].routing in (None, m.routing) and D.in_pair_order(m.dims) and (found[0].routing is None or found[1] == m.dims):
                 return Pairs(m.dims, ("sentinel", m.bound, ("weight", found[0])), m.routing, TOKEN_SPACE, m.routing.top_k)
     return None
 
