@@ -26,15 +26,15 @@ Grid: (tiles of N * tiles of M, E)."""
     for row0 in range(start, end, BM):
         row = row0 + r
         live = row < end
-        token = (pair // K).to(tl.int64)
+        token64 = (pair // K).to(tl.int64)
         row64 = row.to(tl.int64)
 {% if scaled %}
         scale = tl.load(SCALE + pair, mask=live, other=0.0).to(tl.float32)
 {% endif %}
         pair = tl.load(ORDER + row + BM, mask=row + BM < end, other=0)
-        a = {{ load("A + " ~ ("token" if gathers_a else "row64") ~ "[None, :] * " ~ lda ~ " + (n + " ~ a_offset ~ ")[:, None]", \
+        a = {{ load("A + " ~ ("token64" if gathers_a else "row64") ~ "[None, :] * " ~ lda ~ " + (n + " ~ a_offset ~ ")[:, None]", \
 "live[None, :]", N % BN and "(n < N)[:, None]") }}.to({{ dtype }})
-        b = {{ load("B + " ~ ("row64" if gathers_a else "token") ~ "[:, None] * M + m[None, :]", \
+        b = {{ load("B + " ~ ("row64" if gathers_a else "token64") ~ "[:, None] * M + m[None, :]", \
 "live[:, None]", M % BK and "(m < M)[None, :]") }}
 {% if scaled %}
         b = b.to(tl.float32) * scale[:, None]

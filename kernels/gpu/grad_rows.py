@@ -27,8 +27,8 @@ H % BN and "(n < H)[None, :]", F % BK and "(k0 + k < F)[:, None]") }}
         acc = {{ dot("dz", w.name, "acc") }}
 {% endfor %}
 {% if parts %}
-    token = (tl.load(ORDER + row, mask=live, other=0) // K).to(tl.int64)
-    x = {{ load("X + token[:, None] * H + n[None, :]", "live[:, None]", H % BN and "(n < H)[None, :]") }}.to(tl.float32)
+    token64 = (tl.load(ORDER + row, mask=live, other=0) // K).to(tl.int64)
+    x = {{ load("X + token64[:, None] * H + n[None, :]", "live[:, None]", H % BN and "(n < H)[None, :]") }}.to(tl.float32)
     tl.store(PARTS + row64 * N_TILES + column, tl.sum(acc * x, 1), mask=live)
 {% endif %}
     {{ store("DROWS + row64[:, None] * H + n[None, :]", "acc.to(DROWS.dtype.element_ty)", \

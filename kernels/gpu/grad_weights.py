@@ -23,9 +23,9 @@ def grad_weights(PARTS, PLACE, {% if bias %}G, IDS, {{ weights }}{% endif %}DS, 
     e64 = tl.where(e64 < 0, e64 + E, e64)
 {% endif %}
     n = tl.arange(0, BN)
-    token = (pair // K).to(tl.int64)
+    token64 = (pair // K).to(tl.int64)
     for n0 in range(0, O, BN):
-        g = {{ load("G + token[:, None] * O + (n0 + n)[None, :]", "live[:, None]", O % BN and "(n0 + n < O)[None, :]") }}
+        g = {{ load("G + token64[:, None] * O + (n0 + n)[None, :]", "live[:, None]", O % BN and "(n0 + n < O)[None, :]") }}
         d = {{ load(DB.base("e64[:, None]", "live[:, None]") ~ " + " ~ DB.at("(n0 + n)[None, :]"), \
 "live[:, None]", O % BN and "(n0 + n < O)[None, :]") }}
         total += tl.sum(g.to(tl.float32) * d.to(tl.float32), 1)

@@ -109,7 +109,9 @@ def closed_form(family: str, spec: ExpertsSpec | RouterSpec, tokens: int, target
     H, F, O, P = spec.hidden, spec.intermediate, spec.out_features, len(spec.projections)
     if family == "permute":
         pairs = tokens * spec.top_k
-        return Config(max(256, next_power(pairs)), 1, 1, 4, 1) if pairs <= FEW_PAIRS else Config(256, 1, 1, 8, 1)
+        if pairs > FEW_PAIRS:
+            return Config(128, 1, 1, 8, 1)
+        return Config(max(256, next_power(pairs)), 1, 1, 4 if pairs <= 1024 else 8, 1)
     if family == "combine":
         return Config(1, min(1024, next_power(max(H, O))), 1, 4, 1)
     if family in ("decode_up", "decode_down"):
@@ -123,17 +125,18 @@ def closed_form(family: str, spec: ExpertsSpec | RouterSpec, tokens: int, target
         step = min(max(next_power(int(rows) + 1), 16), 64)
         wide = 64 if target.backend == "hip" else 128
         return _fit(Config(step, wide, wide, 8, 3), (min(F, O), min(H, F)), 1, spec.dtype, target)
-    block = min(max(next_power(int(1.5 * rows) + 1), 16), 128)
+    block = min(max(next_power(int(1.5 * rows) + 1), 16), 64 if spec.dtype == torch.float32 else 128)
     if family in ("up", "grad_z", "grad_rows", "down"):
         sums = P if family == "up" else 1
         n, k = {"up": (F, H), "grad_z": (F, O), "grad_rows": (H, F), "down": (O, F)}[family]
+        narrow = family == "grad_z"  # its epilogue holds the projections, the activation and its derivatives
         if block <= 32:
             wanted = Config(block, 64 if sums > 1 else 128, 128, 4, 3)
         elif block == 64:
-            wanted = Config(block, 64 if sums > 1 else 128, 64, 4, 4)
+            wanted = Config(block, 64 if sums > 1 or narrow else 128, 64, 8 if spec.dtype == torch.float32 else 4, 4)
         else:
-            wide = target.backend == "cuda" and target.arch in (90, 100) and family == "up"
-            narrow = family == "grad_z"  # its epilogue holds the projections, the activation and its derivatives
+            # two accumulators of 128 columns: no spills where the weights are one tensor (checked by compiling, test_offline)
+            wide = family == "up" and target.backend == "cuda" and target.arch in (90, 100) and spec.projections[0].stacked
             wanted = Config(block, 128 if (sums == 1 and not narrow) or wide else 64, 64, 8, 3)
         return _fit(wanted, (n, k), sums, spec.dtype, target)
     raise ValueError(f"no such kernel family: {family!r}")

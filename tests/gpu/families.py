@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from moecompile.kernels.gpu import permute
-from moecompile.kernels.gpu.config import Kernel
 
 from moecompile.codegen import gpu, gpu_choose, gpu_text
 from moecompile.codegen.gpu_choose import Target
 from moecompile.ir.spec import ExpertsSpec, Groups, RouterSpec, WeightOn
+from moecompile.kernels.gpu import permute
+from moecompile.kernels.gpu.config import Kernel
 
 GEMMS = ("up", "down", "grad_z", "grad_rows", "grad_matrix")
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from moecompile.kernels.gpu.config import Config
-
 from moecompile.codegen import gpu_choose, gpu_text
 from moecompile.codegen.gpu_choose import Target
 from moecompile.ir.spec import ExpertsSpec, RouterSpec
+from moecompile.kernels.gpu.config import Config
 
 ROWS = 16  # of a tile
 

@@ -15,15 +15,15 @@ from typing import Any
 import jinja2
 import pytest
 import torch
-from moecompile.kernels.gpu import decode, permute
 
 from moecompile.codegen import gpu, gpu_choose, gpu_text
 from moecompile.ir.spec import OutOfRange, RouterSpec, WeightOn
+from moecompile.kernels.gpu import decode, permute
 from tests.gpu import layers
 from tests.gpu.interpreted import agree, test_permute, test_router
 from tests.gpu.interpreted.mutants import MUTANTS, Mutant
 
-SECONDS = 120  # a mutant that runs longer is noticed, too
+SECONDS = 300  # a mutant that runs longer is noticed, too
 ELSEWHERE = {"schedule": (permute, "SCHEDULE"), "clean": (permute, "CLEAN"), "expert": (decode, "EXPERT")}
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from moecompile.kernels.gpu import permute
-from moecompile.kernels.gpu.config import Config, tiles_bound
 
 from moecompile.codegen import gpu, gpu_text
 from moecompile.ir.spec import OutOfRange
+from moecompile.kernels.gpu import permute
+from moecompile.kernels.gpu.config import Config, tiles_bound
 from tests.gpu import layers
 
 IDS = {
