@@ -12,12 +12,13 @@
 #include <sys/mman.h>
 #endif
 
-// Asks for huge pages before the first write to a large new tensor.
-static void expect_writes(const View& v, int64_t bytes) {
+// Asks for huge pages before the first write to a large new tensor: zeroing 4 KB pages one by one took longer than all else.
+static void expect_writes(const View& v, int64_t E, int64_t n, int64_t k, int64_t size) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 2 << 20;
-  if (!v.base || bytes < 4 * (int64_t)page) return;
-  const uintptr_t from = ((uintptr_t)v.base + page - 1) / page * page, to = ((uintptr_t)v.base + bytes) / page * page;
+  if (!v.base) return;
+  const uintptr_t begin = (uintptr_t)v.base + v.start * size, end = begin + ((E - 1) * v.e + (n - 1) * v.n + (k - 1) * v.k + 1) * size;
+  const uintptr_t from = (begin + page - 1) / page * page, to = end / page * page;
   if (from < to) madvise((void*)from, to - from, MADV_HUGEPAGE);
 #endif
 }
@@ -71,7 +72,7 @@ static void weight_gradient(E* const* left, const E* const* right, int64_t pairs
       }
     };
     if (pairs) {
-      multiply_rows<E>(rows, n, right, j, nb, pairs, c, BLOCK_N, gemm, finished);
+      multiply_rows<E>(rows, n, [&](int64_t r) { return right[r] + j; }, nb, pairs, c, BLOCK_N, gemm, finished);
     } else {
       std::memset(c, 0, BLOCK_N * sizeof(float));
       for (int64_t i = 0; i < n; i++) {
@@ -277,8 +278,8 @@ struct Backward {
       for (auto& w : work) w.take(arena2, std::max({H, F * P, O}), want_input ? T * padded(hc) : 0, most);
       if (pass == 0 && !arena2.allocate()) return NO_MEMORY;
     }
-    for (int p = 0; p < P; p++) expect_writes(call.d_projection[p], call.E * F * H * sizeof(E));
-    expect_writes(call.d_down, call.E * F * O * sizeof(E));
+    for (int p = 0; p < P; p++) expect_writes(call.d_projection[p], call.E, F, H, sizeof(E));
+    expect_writes(call.d_down, call.E, O, F, sizeof(E));
     const int64_t fc = chunk(F, std::max<int64_t>(sorted.hits, 1), call.threads, nt2), chunks = (F + fc - 1) / fc;
     int64_t tasks[P + 2] = {0};  // of each weight matrix, summed
     for (int p = 0; p <= P; p++) tasks[p + 1] = tasks[p] + (weight_rows(p) + ROWS - 1) / ROWS;

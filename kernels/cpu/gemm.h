@@ -6,6 +6,8 @@
 //
 // An element of C is summed in an order that depends on K and on the layout of B alone, not on m, n or the tile it falls in.
 #pragma once
+#include <algorithm>
+
 #include "vector.h"
 
 #if defined(MOE_AVX512)
@@ -132,12 +134,34 @@ static void nt_rows(const typename Arithmetic<E>::Row* const* rows, int64_t m, i
   if (i < m) nt_tile<E, 1, N>(rows + i, k0, b, stride, K, c + i * ldc, ldc, accumulate, next);
 }
 
+template <class E>
+static void multiply_nt(const typename Arithmetic<E>::Row* const* rows, int64_t m, Matrix<E> b, int64_t n, int64_t K, float* c,
+                        int64_t ldc, bool accumulate) {
+  constexpr int64_t block = NT_BYTES / (int64_t)sizeof(typename Arithmetic<E>::Row);
+  for (int64_t k = 0; k < K; k += block, accumulate = true) {
+    const int64_t kb = std::min(block, K - k);
+    int64_t j = 0;
+    const E* p = b.p + k;
+    for (; j + NT_N <= n; j += NT_N, p += NT_N * b.n)
+      nt_rows<E, NT_N>(rows, m, k, p, b.n, kb, c + j, ldc, accumulate, j + 2 * NT_N <= n ? p + NT_N * b.n : nullptr);
+    for (; j + 2 <= n; j += 2, p += 2 * b.n) nt_rows<E, 2>(rows, m, k, p, b.n, kb, c + j, ldc, accumulate, nullptr);
+    if (j < n) nt_rows<E, 1>(rows, m, k, p, b.n, kb, c + j, ldc, accumulate, nullptr);
+  }
+}
+
 // ---- B packed: panel[k / PAIR][PANEL][PAIR] of the columns n of a block, zeros beyond its edges
+
+// What to fetch into the caches meanwhile: `lines` cache lines in each of a number of rows, one row for each k.
+struct Ahead {
+  const char* p = nullptr;
+  int64_t stride = 0, rows = 0;
+  int lines = 0;
+};
 
 template <class E, int M>
 static __attribute__((noinline)) void nn_tile(const typename Arithmetic<E>::Row* const* rows, int64_t k0,
                                               const typename Arithmetic<E>::Packed* panel, int64_t K, float* c, int64_t ldc,
-                                              bool accumulate) {
+                                              bool accumulate, const Ahead& ahead) {
   using A = Arithmetic<E>;
   const typename A::Row* a[M];
   V sum[M][NN_V];
@@ -146,7 +170,7 @@ static __attribute__((noinline)) void nn_tile(const typename Arithmetic<E>::Row*
     for (int j = 0; j < NN_V; j++) sum[i][j] = accumulate ? load(c + i * ldc + j * L) : V{};
   }
   int64_t k = 0;
-  for (; k + A::PAIR <= K; k += A::PAIR, panel += PANEL * A::PAIR) {
+  auto step = [&]() __attribute__((always_inline)) {
     typename A::Operand y[NN_V];
 #pragma GCC unroll 8
     for (int j = 0; j < NN_V; j++) y[j] = A::packed(panel + j * L * A::PAIR);
@@ -156,7 +180,22 @@ static __attribute__((noinline)) void nn_tile(const typename Arithmetic<E>::Row*
 #pragma GCC unroll 8
       for (int j = 0; j < NN_V; j++) A::add(sum[i][j], x, y[j]);
     }
+    k += A::PAIR, panel += PANEL * A::PAIR;
+  };
+  const int64_t whole = K / A::PAIR * A::PAIR, both = std::min(whole, ahead.rows / A::PAIR * A::PAIR);
+  if (ahead.lines == 1) {
+    for (const char* p = ahead.p; k < both; p += A::PAIR * ahead.stride) {
+      for (int q = 0; q < A::PAIR; q++) prefetch(p + q * ahead.stride);
+      step();
+    }
+  } else if (ahead.lines) {
+    for (const char* p = ahead.p; k < both; p += A::PAIR * ahead.stride) {
+      for (int q = 0; q < A::PAIR; q++)
+        for (int l = 0; l < ahead.lines; l++) prefetch(p + q * ahead.stride + 64 * l);
+      step();
+    }
   }
+  while (k < whole) step();
   if (k < K)
 #pragma GCC unroll 8
     for (int i = 0; i < M; i++) {
@@ -170,10 +209,10 @@ static __attribute__((noinline)) void nn_tile(const typename Arithmetic<E>::Row*
 
 template <class E, int M>
 static void nn_rows(const typename Arithmetic<E>::Row* const* rows, int64_t m, int64_t k0,
-                    const typename Arithmetic<E>::Packed* panel, int64_t K, float* c, int64_t ldc, bool accumulate) {
-  for (; m >= M; m -= M, rows += M, c += M * ldc) nn_tile<E, M>(rows, k0, panel, K, c, ldc, accumulate);
+                    const typename Arithmetic<E>::Packed* panel, int64_t K, float* c, int64_t ldc, bool accumulate, Ahead ahead) {
+  for (; m >= M; m -= M, rows += M, c += M * ldc, ahead.lines = 0) nn_tile<E, M>(rows, k0, panel, K, c, ldc, accumulate, ahead);
   if constexpr (M > 1)
-    if (m) nn_rows<E, M - 1>(rows, m, k0, panel, K, c, ldc, accumulate);
+    if (m) nn_rows<E, M - 1>(rows, m, k0, panel, K, c, ldc, accumulate, ahead);
 }
 
 // One packed pair (or single) of rows k, k + 1: L columns from `low` and `high` (high is null past the edge).
@@ -192,18 +231,22 @@ MOE_INLINE void pack_columns(const E* low, const E* high, int64_t n, typename Ar
   }
 }
 
-// Rows k of B, each contiguous in n, by pointer: columns n0 .. n0 + n of the rows `from`[0..K).
-template <class E>
-static void pack_rows(const E* const* from, int64_t n0, int64_t n, int64_t K, typename Arithmetic<E>::Packed* to) {
+// Rows row(0) .. row(K - 1) of B, n columns each.
+template <class E, class F>
+static void pack_rows(F row, int64_t n, int64_t K, typename Arithmetic<E>::Packed* to) {
   constexpr int P = Arithmetic<E>::PAIR;
+  constexpr int64_t DISTANCE = 16, LINE = 64 / sizeof(E);
   const int64_t panels = (n + PANEL - 1) / PANEL, size = (K + P - 1) / P * P * PANEL;
-  for (int64_t k = 0; k < K; k += P)
+  for (int64_t k = 0; k < K; k += P) {
+    const E *low = row(k), *high = k + 1 < K ? row(k + 1) : nullptr;
+    for (int64_t q = k + DISTANCE; q < std::min(K, k + DISTANCE + P); q++)
+      for (int64_t j = 0; j < n; j += LINE) prefetch(row(q) + j);
     for (int64_t j = 0; j < panels; j++)
       for (int64_t l = 0; l < PANEL; l += L) {
-        const int64_t left = n - j * PANEL - l, at = n0 + j * PANEL + l;
-        pack_columns<E>(from[k] + at, k + 1 < K ? from[k + 1] + at : nullptr, left < 0 ? 0 : left,
-                        to + j * size + k * PANEL + l * P);
+        const int64_t at = j * PANEL + l;
+        pack_columns<E>(low + at, high ? high + at : nullptr, std::max<int64_t>(n - at, 0), to + j * size + k * PANEL + l * P);
       }
+  }
 }
 
 // Any strides, element by element.
@@ -222,30 +265,58 @@ static void pack_any(Matrix<E> b, int64_t k0, int64_t n, int64_t K, typename Ari
     }
 }
 
+// While a block is multiplied, the next one is fetched into L2.
+template <class E>
+static void multiply_nn(const typename Arithmetic<E>::Row* const* rows, int64_t m, Matrix<E> b, int64_t n, int64_t K, float* c,
+                        int64_t ldc, bool accumulate, char* scratch) {
+  auto* block = (typename Arithmetic<E>::Packed*)scratch;
+  constexpr int P = Arithmetic<E>::PAIR;
+  constexpr int64_t LINE = 64 / sizeof(E);
+  for (int64_t j = 0; j < n; j += BLOCK_N) {
+    bool add = accumulate;
+    for (int64_t k = 0; k < K; k += BLOCK_K, add = true) {
+      const int64_t kb = std::min(BLOCK_K, K - k), nb = std::min(BLOCK_N, n - j), size = (kb + P - 1) / P * P * PANEL;
+      if (b.n == 1) pack_rows<E>([&](int64_t q) { return b.p + j + (k + q) * b.k; }, nb, kb, block);
+      else pack_any<E>(b.at(j), k, nb, kb, block);
+      const int64_t panels = (nb + PANEL - 1) / PANEL, lines = (nb + LINE - 1) / LINE, each = (lines + panels - 1) / panels;
+      for (int64_t p = 0; p < panels; p++) {
+        Ahead ahead;
+        if (b.n == 1 && k + kb < K) {
+          ahead.p = (const char*)(b.p + j + (k + kb) * b.k + p * each * LINE);
+          ahead.stride = b.k * sizeof(E);
+          ahead.rows = std::min(BLOCK_K, K - k - kb);
+          ahead.lines = std::max<int64_t>(0, std::min(each, lines - p * each));
+        }
+        nn_rows<E, NN_M>(rows, m, k, block + p * size, kb, c + j + p * PANEL, ldc, add, ahead);
+      }
+    }
+  }
+}
+
 // ---- the two together
 
 // What one thread needs for the packed blocks, in bytes.
 template <class E>
 constexpr int64_t gemm_scratch() {
-  return BLOCK_K * BLOCK_N * (int64_t)sizeof(typename Arithmetic<E>::Packed) + BLOCK_K * (int64_t)sizeof(void*);
+  return BLOCK_K * BLOCK_N * (int64_t)sizeof(typename Arithmetic<E>::Packed);
 }
 // Columns of C that are written: callers give rows of c of at least this length.
 constexpr int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
-// C[m, 0..n) = A[m, 0..K) . from[0..K)[n0..n0+n), B given by its rows k, contiguous in n; n is at most BLOCK_N.
+// C[m, 0..n) = A[m, 0..K) . B[0..K, 0..n) for n up to BLOCK_N, B given by its rows: row(k) is contiguous in n.
 // finished(i, count) is called once for each group of rows i .. i + count of C, as soon as they are complete.
-template <class E, class F>
-static void multiply_rows(const typename Arithmetic<E>::Row* const* rows, int64_t m, const E* const* from, int64_t n0, int64_t n,
-                          int64_t K, float* c, int64_t ldc, char* scratch, F finished) {
+template <class E, class R, class F>
+static void multiply_rows(const typename Arithmetic<E>::Row* const* rows, int64_t m, R row, int64_t n, int64_t K, float* c,
+                          int64_t ldc, char* scratch, F finished) {
   auto* block = (typename Arithmetic<E>::Packed*)scratch;
   constexpr int P = Arithmetic<E>::PAIR;
   for (int64_t k = 0; k < K; k += BLOCK_K) {
-    const int64_t kb = K - k < BLOCK_K ? K - k : BLOCK_K;
-    pack_rows<E>(from + k, n0, n, kb, block);
+    const int64_t kb = std::min(BLOCK_K, K - k), size = (kb + P - 1) / P * P * PANEL;
+    pack_rows<E>([&](int64_t q) { return row(k + q); }, n, kb, block);
     for (int64_t i = 0; i < m; i += NN_M) {
-      const int64_t count = m - i < NN_M ? m - i : NN_M;
+      const int64_t count = std::min<int64_t>(NN_M, m - i);
       for (int64_t p = 0; p * PANEL < n; p++)
-        nn_rows<E, NN_M>(rows + i, count, k, block + p * PANEL * ((kb + P - 1) / P * P), kb, c + i * ldc + p * PANEL, ldc, k > 0);
+        nn_rows<E, NN_M>(rows + i, count, k, block + p * size, kb, c + i * ldc + p * PANEL, ldc, k > 0, Ahead());
       if (k + kb == K) finished(i, count);
     }
   }
@@ -255,32 +326,6 @@ static void multiply_rows(const typename Arithmetic<E>::Row* const* rows, int64_
 template <class E>
 static void multiply(const typename Arithmetic<E>::Row* const* rows, int64_t m, Matrix<E> b, int64_t n, int64_t K, float* c,
                      int64_t ldc, bool accumulate, char* scratch) {
-  if (b.k == 1) {
-    constexpr int64_t block = NT_BYTES / (int64_t)sizeof(typename Arithmetic<E>::Row);
-    for (int64_t k = 0; k < K; k += block, accumulate = true) {
-      const int64_t kb = K - k < block ? K - k : block;
-      int64_t j = 0;
-      const E* p = b.p + k;
-      for (; j + NT_N <= n; j += NT_N, p += NT_N * b.n)
-        nt_rows<E, NT_N>(rows, m, k, p, b.n, kb, c + j, ldc, accumulate, j + 2 * NT_N <= n ? p + NT_N * b.n : nullptr);
-      for (; j + 2 <= n; j += 2, p += 2 * b.n) nt_rows<E, 2>(rows, m, k, p, b.n, kb, c + j, ldc, accumulate, nullptr);
-      if (j < n) nt_rows<E, 1>(rows, m, k, p, b.n, kb, c + j, ldc, accumulate, nullptr);
-    }
-    return;
-  }
-  auto* block = (typename Arithmetic<E>::Packed*)scratch;
-  auto** from = (const E**)(scratch + BLOCK_K * BLOCK_N * sizeof(*block));
-  constexpr int P = Arithmetic<E>::PAIR;
-  for (int64_t k = 0; k < K; k += BLOCK_K, accumulate = true)
-    for (int64_t j = 0; j < n; j += BLOCK_N) {
-      const int64_t kb = K - k < BLOCK_K ? K - k : BLOCK_K, nb = n - j < BLOCK_N ? n - j : BLOCK_N;
-      if (b.n == 1) {
-        for (int64_t i = 0; i < kb; i++) from[i] = b.p + (k + i) * b.k;
-        pack_rows<E>(from, j, nb, kb, block);
-      } else {
-        pack_any<E>(b.at(j), k, nb, kb, block);
-      }
-      for (int64_t p = 0; p * PANEL < nb; p++)
-        nn_rows<E, NN_M>(rows, m, k, block + p * PANEL * ((kb + P - 1) / P * P), kb, c + j + p * PANEL, ldc, accumulate);
-    }
+  if (b.k == 1) multiply_nt<E>(rows, m, b, n, K, c, ldc, accumulate);
+  else multiply_nn<E>(rows, m, b, n, K, c, ldc, accumulate, scratch);
 }
