@@ -95,7 +95,7 @@ def test_demo_learns_and_writes(
     monkeypatch.setattr(demo_models, "SIZE", dict(demo_models.SIZE, hidden_size=32))
     text = demo_text.corpus()
     both = [demo.Contender("eager", demo_models.olmoe()) for _ in range(2)]
-    demo.train(both, text, steps=8, seconds=60, seed=0)
+    demo.train(both, text, steps=8, limit=60, seed=0)
     assert both[0].losses == both[1].losses and both[0].losses[-1] < both[0].losses[0]
     demo.print_losses(both)
     demo.plot_losses(both, tmp_path / "loss.png")
