@@ -89,8 +89,9 @@ def target_name(node: fx.Node) -> str:
         return name.removesuffix(".default") if target.namespace == "moe" else name
     if isinstance(target, torch._ops.OpOverloadPacket):
         return str(target)
-    if getattr(operator, getattr(target, "__name__", ""), None) is target:
-        return str(target.__name__)
+    name = str(getattr(target, "__name__", ""))
+    if getattr(operator, name, None) is target:
+        return name
     name = str(torch.fx.node._get_qualified_name(target))
     return name.replace("torch._C._nn.", "torch.nn.functional.").replace("torch._C._VariableFunctions.", "torch.")
 

@@ -63,9 +63,9 @@ def build(family: str, tokens: int = 16) -> tuple[Any, dict[str, Any]]:
 def _sizes(kind: type) -> dict[str, int]:
     """Those of SIZES that a configuration takes, under the names it takes them by."""
     known, alias = inspect.signature(kind).parameters, getattr(kind, "attribute_map", None) or {}
-    names = {name: name if name in known else alias.get(name) for name in SIZES}
+    names = {name: name if name in known else str(alias.get(name, "")) for name in SIZES}
     if "qk_rope_head_dim" in known:
-        names["head_dim"] = None  # there it is the width of the rotated part
+        names["head_dim"] = ""  # there it is the width of the rotated part
     sizes = {written: SIZES[name] for name, written in names.items() if written in known}
     if "kv_lora_rank" in known:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]  # latent attention shares no heads

@@ -59,7 +59,7 @@ def capture(file: str) -> fx.GraphModule:
         graphs.append(gm)
         return gm.forward
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch.compile(function, backend=record, fullgraph=True)(*inputs)
     if len(graphs) != 1:
         raise ValueError(f"{file}: example() gives {len(graphs)} graphs, needs 1")

@@ -59,6 +59,13 @@ def test_no_file_of_ours_is_trusted_code(path: pathlib.Path) -> None:
             assert not {"pickle", "marshal", "shelve"} & set(names), f"{name(path)}:{node.lineno}: {names}"
 
 
+def test_every_test_is_run() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads toml by itself")
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["testpaths"]
+    found = {"/".join(p.relative_to(ROOT).parts[:2]) for p in (ROOT / "tests").rglob("test_*.py")}
+    assert found == set(listed)
+
+
 def test_long_files_are_reported() -> None:
     for path in FILES:
         lines = len(path.read_text().splitlines())
