@@ -60,7 +60,8 @@ def capture(file: str) -> fx.GraphModule:
         return gm.forward
 
     torch.compiler.reset()
-    torch.compile(function, backend=record, fullgraph=True)(*inputs)
+    compiled: Callable[..., Any] = torch.compile(function, backend=record, fullgraph=True)
+    compiled(*inputs)
     if len(graphs) != 1:
         raise ValueError(f"{file}: example() gives {len(graphs)} graphs, needs 1")
     return graphs[0]

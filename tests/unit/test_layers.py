@@ -21,6 +21,7 @@ LAYERS = (
     ("autotune",),
     ("report",),
     ("backend",),
+    ("exported",),
     ("tools",),
 )
 RANK = {part: rank for rank, row in enumerate(LAYERS) for part in row}
@@ -67,7 +68,7 @@ def refusal(importer: str, imported: str) -> str | None:
     if above == "passes" and below in ("kernels", "codegen", "runtime"):
         return "passes decide the shape of the program and know no kernel"
     if below in ("backend", "tools"):
-        return None if (above, below) == ("tools", "backend") else f"nothing imports {below}"
+        return None if below == "backend" and above in ("exported", "tools") else f"nothing imports {below}"
     if above == "config" and below == "errors":
         return None
     if RANK[above] <= RANK[below]:
