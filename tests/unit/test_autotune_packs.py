@@ -142,6 +142,13 @@ def test_what_ships_for_another_device_does_not_serve(store: Store, shipped: pat
     assert asked(UP) == usual
 
 
+def test_invented_times_do_not_serve_though_they_ship(store: Store, shipped: pathlib.Path) -> None:
+    usual = asked(UP)
+    pack.write(shipped, [choice(UP, SAME_HEIGHT, dataclasses.replace(HERE, timer="simulated"))])
+    source.install(store)
+    assert asked(UP) == usual
+
+
 def test_all_that_ships_can_be_read() -> None:
     source._shipped.cache_clear()
     assert isinstance(source._shipped(), dict)

@@ -16,7 +16,7 @@ from moecompile.autotune.key import Key, Problem, environment_of
 from moecompile.autotune.measure import DeviceLost, Refused, Simulated
 from moecompile.autotune.progress import Progress
 from moecompile.autotune.store import Store
-from moecompile.autotune.tuner import ENOUGH, Budget, Outcome, tune
+from moecompile.autotune.tuner import Budget, Outcome, tune
 from moecompile.kernels.gpu.config import Config
 from moecompile.tools.tune import tune_all
 
@@ -75,13 +75,13 @@ def test_the_fastest_of_the_list_is_chosen_and_stored(store: Store) -> None:
 
 
 def test_near_the_floor_no_more_is_tried(store: Store) -> None:
-    timer = Scripted({3: 1 / ENOUGH})
+    timer = Scripted({3: 1 / 0.951})
     outcome = run(store, timer)
     assert outcome.stopped == "floor" and outcome.measured == 4
 
 
 def test_just_off_the_floor_the_list_goes_on(store: Store) -> None:
-    assert run(store, Scripted({3: 1.01 / ENOUGH})).measured == MOST
+    assert run(store, Scripted({3: 1 / 0.949})).measured == MOST
 
 
 def test_tuned_against_default_the_better_is_kept(store: Store) -> None:
@@ -173,6 +173,18 @@ def test_an_imported_configuration_is_tried_second_and_only_then_trusted(store: 
     outcome = run(store, timer)
     assert list(timer.calls)[1] == imported and outcome.measured == MOST
     assert outcome.choice and outcome.choice.config != imported, "it was no faster here"
+
+
+@pytest.mark.parametrize(("height", "tried"), [(16, True), (64, False)])
+def test_an_imported_configuration_of_another_row_height_is_not_tried(store: Store, height: int, tried: bool) -> None:
+    down = Problem("down", "bfloat16", 2048, 768, 128, 8, 2048, 2, bucket=3)
+    imported = Config(16, 32, 32, 4, 2, 8)
+    store.put(Proposal(key(down), imported))
+    timer = LikesOtherHeights(H200)
+    tune(down, H200, timer, store, Budget(1e6, timer.now), Progress(MOST, io.StringIO()), height)
+    measured = store.measurements(key(down))
+    assert (imported in measured) is tried
+    assert {config.block_m for config in measured} == {height}
 
 
 def test_a_store_that_cannot_be_written_does_not_stop_a_run(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
