@@ -98,7 +98,9 @@ def _lines(e: Entry) -> list[str]:
         r = e.router
         steps = " ".join(str(step[0]) for step in r.post)
         groups = f", best {r.groups.top_k} of {r.groups.count} groups" if r.groups else ""
-        out.append(f"    router fused: {r.score}{' + bias' if r.bias else ''}{groups}, top {r.top_k} of {r.num_experts} {steps}".rstrip())
+        out.append(
+            f"    router fused: {r.score}{' + bias' if r.bias else ''}{groups}, top {r.top_k} of {r.num_experts} {steps}".rstrip()
+        )
     else:
         out.append(f"    router left as it is: {e.router_reason or 'not asked for'}")
     gain = expected_gain(e)
@@ -143,7 +145,14 @@ def _plain(e: Entry) -> dict[str, Any]:
 def _page(r: Report) -> str:
     rows = []
     for e in r.layers:
-        cells = (e.status, e.node, e.form, e.reason or e.router_reason, _source_line(e.stack_trace), e.spec.text() if e.spec else "")
+        cells = (
+            e.status,
+            e.node,
+            e.form,
+            e.reason or e.router_reason,
+            _source_line(e.stack_trace),
+            e.spec.text() if e.spec else "",
+        )
         rows.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
     head = "".join(f"<th>{h}</th>" for h in ("status", "node", "form", "reason", "source", "spec"))
     style = "body{font:14px sans-serif;margin:2em}td,th{border:1px solid #ccc;padding:4px 8px;text-align:left;vertical-align:top}"
@@ -205,7 +214,13 @@ def last() -> Report:
 # ---------------------------------------------------------------- explain
 
 
-def explain(model: Callable[..., Any], *args: Any, out: str | pathlib.Path | None = None, options: dict[str, Any] | None = None, **kwargs: Any) -> Report:
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    out: str | pathlib.Path | None = None,
+    options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Report:
     """Compile `model` for these inputs, run it once, and report every MoE layer: fused and how, or declined and why.
 
     `out`: also write the report there (.json or .html).  The rest of the graph runs as it is, so this takes seconds.
@@ -228,7 +243,7 @@ def explain(model: Callable[..., Any], *args: Any, out: str | pathlib.Path | Non
 _CURES = (
     (
         r"experts?_hit|Could not extract specialized integer|iterat|expert_idx",
-        "transformers' loop over the experts that were hit cannot be captured: model.set_experts_implementation(\"grouped_mm\")",
+        'transformers\' loop over the experts that were hit cannot be captured: model.set_experts_implementation("grouped_mm")',
     ),
 )
 

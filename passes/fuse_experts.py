@@ -18,7 +18,7 @@ from torch import fx
 
 from moecompile.errors import Unsupported
 from moecompile.ir import surgery
-from moecompile.ir.spec import ExpertsSpec
+from moecompile.ir.spec import ExpertsSpec, Weight
 from moecompile.passes import Context, Entry, Phase, graph_pass
 from moecompile.recognize.layer import Layer, layers
 from moecompile.recognize import dims as D
@@ -54,6 +54,11 @@ def _trace(n: fx.Node | None) -> str:
     return str(n.meta.get("stack_trace", "")) if n is not None else ""
 
 
+def _overlaps(w: Weight, experts: int) -> bool:
+    """Do several experts, or rows, read the same element of a parameter?"""
+    return (w.e == 0 and w.stacked and experts > 1) or w.n == 0 or (w.k == 0 and len(w.shape) > 2)
+
+
 class _Replacement:
     """One layer's nodes by one node."""
 
@@ -68,6 +73,8 @@ class _Replacement:
         reason = self.context.supports_experts(self.spec, device, self.context.train)
         if reason:
             raise Unsupported(reason)
+        if self.context.train and any(_overlaps(w, self.spec.num_experts) for w in self.spec.weights()):
+            raise Unsupported("the experts share weights (an expanded view), whose gradients would have to be added up")
         weights = self.weights_ref()
         reads: list[Ref] = [*layer.refs(), *([weights] if weights is not None else [])]
         for ref in reads:
@@ -157,7 +164,7 @@ class _Replacement:
         like = self.walk.holders[id(self.end.tensor)][0]
         anchor = self.end.node
         with graph.inserting_before(anchor.next):
-            x = self.flat(self.unshared(layer.x), layer.x_cast)
+            x = self.flat(self.unshared(layer.x), layer.x_cast, self.spec.hidden)
             ids = self.flat(self.unshared(layer.ids), None, self.spec.top_k)
             w = self.flat_weights(weights, ids)
             params = [self.param(ref, cast) for ref, cast in layer.params]

@@ -60,7 +60,10 @@ def _replace(gm: fx.GraphModule, found: Walk, n: fx.Node, context: Context):  # 
     weights, ids = (found.values.get(a) for a in n.args[1:3])  # type: ignore[arg-type]
     _need(n.args[1] is not None, "the experts are not weighted")
     w, i = found.mode.get(weights), found.mode.get(ids)
-    _need(isinstance(w, Chosen) and isinstance(i, Ids) and w.routing is i.routing, "the weights and ids come from code that is not a known router")
+    _need(
+        isinstance(w, Chosen) and isinstance(i, Ids) and w.routing is i.routing,
+        "the weights and ids come from code that is not a known router",
+    )
     assert isinstance(w, Chosen) and isinstance(i, Ids)
     router = router_of(found, w)
     _need(i.routing.ids is not None and isinstance(w.base, Tensor), "no node holds the router's results")
@@ -90,7 +93,7 @@ class _Rewrite:
         nodes: set[fx.Node] = set()
         for result in results:
             nodes |= surgery.slice_of(result, inputs, lambda n: walked.writers(n, at))
-        self.check(nodes, at)
+        self.check(surgery.with_size_queries(nodes, walked.nodes), at)
         self.insert(reads, at)
         surgery.erase(self.gm.graph, surgery.with_size_queries(nodes, walked.nodes), walked.sharers, walked.step)
         return router.spec

@@ -12,7 +12,7 @@
 
 // Every member is 64 bits wide: the caller fills an array in this order.
 struct RouterCall {
-  int64_t T, E, K, threads, sorted;
+  int64_t T, E, K, threads, sorted;       // sorted 2: the first of the largest, as argmax has it
   const char *scores, *bias, *logits;     // [T,E] contiguous, [E] or null, [T,E] contiguous (for weights from logits)
   int64_t score_dtype, bias_dtype, logits_dtype, choice_dtype;
   int64_t groups, group_k, group_top2;    // groups 0: no limit
@@ -43,11 +43,13 @@ static void write(char* p, int64_t dtype, int64_t i, float x) {
 using Candidate = std::pair<float, int64_t>;
 
 // The k largest of queue to its front; NaN is larger than any number.
-static void top_k(std::vector<Candidate>& queue, int64_t k, bool sorted) {
+static void top_k(std::vector<Candidate>& queue, int64_t k, int64_t sorted) {
   const auto larger = [](const Candidate& a, const Candidate& b) {
     return (a.first != a.first && b.first == b.first) || a.first > b.first;
   };
-  if (k * 64 <= (int64_t)queue.size()) {
+  if (sorted == 2) {
+    std::swap(queue[0], *std::min_element(queue.begin(), queue.end(), larger));
+  } else if (k * 64 <= (int64_t)queue.size()) {
     std::partial_sort(queue.begin(), queue.begin() + k, queue.end(), larger);
   } else {
     std::nth_element(queue.begin(), queue.begin() + k - 1, queue.end(), larger);

@@ -93,7 +93,7 @@ class Router:
         logits = logits.contiguous() if s.weights_from == "logits" else logits
         bias = bias if bias is None else bias.contiguous()
         call = (
-            *(score.numel() // s.num_experts, s.num_experts, s.top_k, torch.get_num_threads(), s.sorted),
+            *(score.numel() // s.num_experts, s.num_experts, s.top_k, torch.get_num_threads(), 2 if s.first else s.sorted),
             *(score.data_ptr(), 0 if bias is None else bias.data_ptr(), logits.data_ptr()),
             *(_DTYPES[s.score_dtype], 0 if bias is None else _DTYPES[bias.dtype], _DTYPES[logits.dtype], _DTYPES[choice_dtype]),
             *self._groups,
@@ -106,12 +106,12 @@ class Router:
     def _same_top_k(self) -> bool:
         """Whether ids with many ties and NaN are aten's."""
         s, g = self.spec, torch.Generator().manual_seed(0)
-        plain = RouterSpec(s.num_experts, s.top_k, "identity", torch.float32, False, None, "score", (), s.sorted)
+        plain = RouterSpec(s.num_experts, s.top_k, "identity", torch.float32, False, None, "score", (), s.sorted, s.first)
         rows = torch.randint(-4, 5, (64, s.num_experts), generator=g).float()
         rows[rows == 4] = float("nan")
         twin = object.__new__(Router)
         twin.__dict__ = dict(self.__dict__, spec=plain, exact=True, _groups=(0, 0, 0, 0), _weights_from=0)
-        return torch.equal(twin.run(rows, None)[1], rows.topk(s.top_k, -1, sorted=s.sorted).indices)
+        return torch.equal(twin.run(rows, None)[1], reference.route(plain, rows, None)[1])
 
 
 def _bits(value: float) -> int:

@@ -109,5 +109,8 @@ def route(spec: RouterSpec, logits: Tensor, bias: Tensor | None) -> tuple[Tensor
     """logits [T,E], bias [E] -> weights [T,K], ids [T,K] int64: see RouterSpec."""
     score = scores(spec, logits)
     choice = choices(spec, score, bias)
-    ids = choice.topk(spec.top_k, -1, sorted=spec.sorted).indices
+    if spec.first:
+        ids = choice.argmax(-1, keepdim=True)
+    else:
+        ids = choice.topk(spec.top_k, -1, sorted=spec.sorted).indices
     return chosen_weights(spec, logits, score, choice, ids), ids

@@ -122,12 +122,12 @@ class Groups:
 class RouterSpec:
     """From logits [T,E] to weights [T,K] and ids [T,K].
 
-        score   = `score`(logits cast to `score_dtype`)              softmax, sigmoid, sqrtsoftplus or identity
-        choice  = groups(score + bias)                               bias [E] where `bias`
-        ids     = top_k(choice)                                      ties as aten.topk
-        weights = post(score[ids])                                   or choice[ids], or logits[ids]: `weights_from`
-        post    = steps in order:  ("softmax",) ("sigmoid",) ("cast", dtype) ("scale", s)
-                  ("normalise", eps, least)     w / max(sum(w) + eps, least), over the K chosen
+    score   = `score`(logits cast to `score_dtype`)              softmax, sigmoid, sqrtsoftplus or identity
+    choice  = groups(score + bias)                               bias [E] where `bias`
+    ids     = top_k(choice)                                      ties as aten.topk, or the first (argmax): `first`
+    weights = post(score[ids])                                   or choice[ids], or logits[ids]: `weights_from`
+    post    = steps in order:  ("softmax",) ("sigmoid",) ("cast", dtype) ("scale", s)
+              ("normalise", eps, least)     w / max(sum(w) + eps, least), over the K chosen
     """
 
     num_experts: int
@@ -139,8 +139,11 @@ class RouterSpec:
     weights_from: str  # "score", "choice" or "logits"
     post: tuple[tuple[Any, ...], ...]
     sorted: bool
+    first: bool = False
 
     def __post_init__(self) -> None:
+        if self.first and self.top_k != 1:
+            raise ValueError(f"router: only the best expert can be the first of equals, got top_k = {self.top_k}")
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(f"router: top_k is {self.top_k}, needs 1..{self.num_experts} (the number of experts)")
         if self.score not in ("softmax", "sigmoid", "sqrtsoftplus", "identity"):
@@ -220,7 +223,7 @@ def experts_from_text(source: str) -> ExpertsSpec:
 def router_from_text(source: str) -> RouterSpec:
     d = json.loads(source)
     return RouterSpec(
-        **{k: d[k] for k in ("num_experts", "top_k", "score", "bias", "weights_from", "sorted")},
+        **{k: d[k] for k in ("num_experts", "top_k", "score", "bias", "weights_from", "sorted", "first")},
         score_dtype=_dtype(d["score_dtype"]),
         groups=None if d["groups"] is None else Groups(**d["groups"]),
         post=tuple((s[0], _dtype(s[1])) if s[0] == "cast" else tuple(s) for s in d["post"]),

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 # Nodes that only ask or assert the sizes of what they read: they go with it.
 _SIZE_QUERIES = {
-    "size", "sym_size", "sym_size.int", "numel", "item", "_assert_scalar", "_check", "_check_is_size", "sym_constrain_range_for_size",
+    "size", "sym_size", "numel", "item", "_assert_tensor_metadata", "_assert_scalar", "_check", "_check_is_size", "sym_constrain_range_for_size",
     "ge", "le", "gt", "lt", "eq", "ne", "add", "sub", "mul", "floordiv", "mod", "sym_sum", "sym_max", "sym_min",
 }  # fmt: skip
 
@@ -37,7 +37,8 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def name_of(n: fx.Node) -> str:
-    return n.target if isinstance(n.target, str) else str(getattr(n.target, "__name__", n.target))
+    """The name of what a node calls, without the overload."""
+    return n.target if isinstance(n.target, str) else str(getattr(n.target, "__name__", n.target)).partition(".")[0]
 
 
 def slice_of(end: fx.Node, inputs: set[fx.Node], writers: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:

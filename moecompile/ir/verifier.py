@@ -38,16 +38,24 @@ def _experts(n: fx.Node) -> None:
     values = [example(a) for a in (x, ids, *params)]  # type: ignore[arg-type, misc]
     _need(all(isinstance(v, Tensor) for v in (*values, example(n))), n, "an operand has no example value")
     _need(values[0].dim() == 2 and values[0].shape[1] == s.hidden, n, f"x is {tuple(values[0].shape)}, the spec has H = {s.hidden}")
-    _need(values[1].dim() == 2 and values[1].shape[1] == s.top_k, n, f"ids are {tuple(values[1].shape)}, the spec has K = {s.top_k}")
+    _need(
+        values[1].dim() == 2 and values[1].shape[1] == s.top_k, n, f"ids are {tuple(values[1].shape)}, the spec has K = {s.top_k}"
+    )
     _need((weights is None) == (s.weight_on.value == "nowhere"), n, "weights are given exactly where the spec uses them")
     _need(len(params) == s.num_params, n, f"{len(params)} parameters, the spec has {s.num_params}")  # type: ignore[arg-type]
     for w in s.weights():
         for p in w.params:
-            _need(tuple(values[2 + p].shape) == w.shape, n, f"parameter {p} is {tuple(values[2 + p].shape)}, the spec has {w.shape}")
+            _need(
+                tuple(values[2 + p].shape) == w.shape, n, f"parameter {p} is {tuple(values[2 + p].shape)}, the spec has {w.shape}"
+            )
             _need(values[2 + p].dtype == s.dtype, n, f"parameter {p} is {values[2 + p].dtype}, the spec has {s.dtype}")
     _need(values[0].dtype == s.dtype, n, f"x is {values[0].dtype}, the spec has {s.dtype}")
     out = example(n)
-    _need(out.dim() == 2 and out.shape[1] == s.out_features and out.dtype == s.out_dtype, n, f"the result is {out.dtype}{tuple(out.shape)}")
+    _need(
+        out.dim() == 2 and out.shape[1] == s.out_features and out.dtype == s.out_dtype,
+        n,
+        f"the result is {out.dtype}{tuple(out.shape)}",
+    )
 
 
 def _route(n: fx.Node) -> None:

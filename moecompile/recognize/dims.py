@@ -4,7 +4,7 @@ An axis is a name and a size; a dimension is a row-major product of axes; axes o
 only add or drop unit dimensions change nothing.  Names:
 
     t token     k slot (the k-th chosen expert)     e expert = (g group, m member)     p position in expert order
-    s position among the pairs of one expert        c feature      f, h the two feature axes of a gathered weight
+    s position among the pairs of one expert        c feature = (major, minor)      f, h the two feature axes of a gathered weight
     b broadcast (constant along it)                 0, 1, 2 .. the dimensions of a value nothing is known of
 
 All sizes are plain ints.  In a graph with symbolic sizes each symbol stands for a large number that no other size shares
@@ -20,7 +20,8 @@ Axis = tuple[str, int]
 Dim = tuple[Axis, ...]
 Dims = tuple[Dim, ...]
 
-_SPLIT = {"t": ("t", "t"), "e": ("g", "m")}
+_SPLIT = {"t": ("t", "t"), "e": ("g", "m"), "c": ("major", "minor")}
+_WHOLE = {("t", "t"): "t", ("g", "m"): "e", ("major", "minor"): "c"}
 
 
 def dim(*axes: Axis) -> Dim:
@@ -29,10 +30,9 @@ def dim(*axes: Axis) -> Dim:
     for name, size in axes:
         if size == 1:
             continue
-        if out and name == "t" == out[-1][0]:
-            out[-1] = ("t", out[-1][1] * size)
-        elif out and (out[-1][0], name) == ("g", "m"):
-            out[-1] = ("e", out[-1][1] * size)
+        whole = _WHOLE.get((out[-1][0], name)) if out else None
+        if whole is not None:
+            out[-1] = (whole, out[-1][1] * size)
         else:
             out.append((name, size))
     return tuple(out)

@@ -164,12 +164,13 @@ def _layer(walk: Walk, end: End) -> Layer:
     assert ids is not None and parsed.row is not None
     x, cast = parsed.row
     tokens = ids.tensor.numel() // k
-    _need(ids.tensor.numel() == tokens * k and x.tensor.numel() == tokens * x.tensor.shape[-1], "ids and rows differ in their tokens")
+    _need(ids.tensor.numel() == tokens * k, "how many experts a token has is not known")
     _need(D.sizes(role.dims)[0] == tokens, "the output has other rows than the input")
     out_of_range = OutOfRange.SKIP
     if space == TOKEN_SPACE and not parsed.sentinel and parsed.by_index:
         out_of_range = OutOfRange.SKIP if routing.choice is not None else OutOfRange.INDEX
     spec = parsed.spec(k, out_of_range, end.tensor.dtype)
+    _need(x.tensor.numel() == tokens * spec.hidden, "ids and rows differ in their tokens")
     _need(D.sizes(role.dims)[1] == spec.out_features, "the output has other features than the experts give")
     return Layer(
         MoESpec(None, spec),
@@ -274,7 +275,7 @@ class _Experts:
         self.clamped = 0
         self.by_index = False
         self.dtypes: set[torch.dtype] = set()
-        self._params: dict[tuple[int, Any], int] = {}
+        self._uses: dict[int, list[tuple[Stack, set[int]]]] = {}  # parameter -> the rows of which stack are read from it
         self._refs: list[tuple[Ref, torch.dtype | None]] = []
 
     def read(self, e: PairExpr) -> None:
@@ -418,29 +419,35 @@ class _Experts:
     def params(self) -> list[tuple[Ref, torch.dtype | None]]:
         return self._refs
 
-    def _param(self, s: Stack) -> int:
-        key = (id(s.ref), s.cast)
-        if key not in self._params:
-            self._params[key] = len(self._refs)
-            self._refs.append((s.ref, s.cast if s.cast != s.ref.tensor.dtype else None))
-        return self._params[key]
+    def _param(self, s: Stack, rows: set[int]) -> int:
+        """The parameter through which these rows of a stack are read. Reads of one that overlap get one each: the gradients
+        of a parameter given twice are added up, those of one given once are written once."""
+        for i, (ref, _) in enumerate(self._refs):
+            same = ref is s.ref and all(used == s and not (taken & rows) for used, taken in self._uses[i])
+            if same:
+                self._uses[i].append((s, rows))
+                return i
+        self._refs.append((s.ref, s.cast if s.cast != s.ref.tensor.dtype else None))
+        self._uses[len(self._refs) - 1] = [(s, rows)]
+        return len(self._refs) - 1
 
-    def _weight(self, stack: Any, start: int = 0, step: int = 1) -> Weight:
+    def _weight(self, stack: Any, start: int = 0, step: int = 1, length: int = -1) -> Weight:
         each = stack.each if isinstance(stack, Stacks) else (stack,)
         s = each[0]
         n, k = (*s.strides, 0)[:2]
-        params = tuple(self._param(one) for one in each)
+        rows = set(range(start, s.sizes[0] if length < 0 else start + length * step, step))
+        params = tuple(self._param(one, rows) for one in each)
         return Weight(params, s.shape, s.offset + start * n, (s.e or 0) if not isinstance(stack, Stacks) else 0, n * step, k)
 
     def spec(self, k: int, out_of_range: OutOfRange, out_dtype: torch.dtype) -> ExpertsSpec:
         _need(len(self.dtypes) == 1, f"the experts' weights are of several dtypes: {sorted(map(str, self.dtypes))}")
         F = self.projections[0][4]
         _need(all(p[4] == F for p in self.projections), "the projections differ in width")
-        up = (self.projections[0][0].each[0] if isinstance(self.projections[0][0], Stacks) else self.projections[0][0])
+        up = self.projections[0][0].each[0] if isinstance(self.projections[0][0], Stacks) else self.projections[0][0]
         down = self.down.each[0] if isinstance(self.down, Stacks) else self.down
         _need(down.sizes[1] == F, f"the down projection reads {down.sizes[1]} features, the activation gives {F}")
-        projections = tuple(self._weight(p[0], p[2], p[3]) for p in self.projections)
-        biases = tuple(None if p[1] is None else self._weight(p[1], p[2], p[3]) for p in self.projections)
+        projections = tuple(self._weight(p[0], *p[2:]) for p in self.projections)
+        biases = tuple(None if p[1] is None else self._weight(p[1], *p[2:]) for p in self.projections)
         return ExpertsSpec(
             self.num_experts,
             k,
@@ -482,7 +489,16 @@ def router_of(walk: Walk, weights: Chosen) -> Router:
     score, score_dtype, logits = _score(choice)
     source, post = _post(weights.tree, choice, bias is not None or groups is not None)
     spec = RouterSpec(
-        routing.num_classes, k, score, score_dtype, bias is not None, groups, source, tuple(post), routing.sorted
+        routing.num_classes,
+        k,
+        score,
+        score_dtype,
+        bias is not None,
+        groups,
+        source,
+        tuple(post),
+        routing.sorted,
+        routing.select == "max",
     )
     return Router(spec, logits, bias)
 

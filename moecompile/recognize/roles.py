@@ -54,9 +54,7 @@ class Stack:
     cast: torch.dtype | None
 
     def transposed(self) -> Stack:
-        return Stack(
-            self.ref, self.shape, self.offset, self.e, self.strides[::-1], self.sizes[::-1], self.experts, self.cast
-        )
+        return Stack(self.ref, self.shape, self.offset, self.e, self.strides[::-1], self.sizes[::-1], self.experts, self.cast)
 
 
 @dataclass(eq=False)

@@ -91,7 +91,9 @@ class Dispatch:
         with torch.no_grad():
             return fallback.original(r, experts_from_text(spec), ids, sizes)(x, weights, params)
 
-    def _verify(self, r: fallback.Region, spec: str, out: Tensor, x: Tensor, weights: Any, ids: Tensor, params: Any, sizes: Any) -> None:
+    def _verify(
+        self, r: fallback.Region, spec: str, out: Tensor, x: Tensor, weights: Any, ids: Tensor, params: Any, sizes: Any
+    ) -> None:
         s = experts_from_text(spec)
         with torch.no_grad():
             want = fallback.original(r, s, ids, sizes)(x, weights, params)

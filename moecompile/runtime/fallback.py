@@ -119,5 +119,3 @@ def compare(r: Region, spec_text: str, what: str, got: Sequence[Tensor], want: S
         log.warning(message)
         if r.policy == "warn":
             warnings.warn(f"moecompile: {message}", RuntimeWarning, stacklevel=3)
-
-

@@ -83,7 +83,9 @@ def weighted_sum(c: RoleMode, out: Tensor, a: Tensor, b: Tensor) -> Role | None:
         if weights.routing is None:
             if dims not in (_numbered(other.shape, 0, 2 if unit == 1 else 1), _numbered(other.shape, 0, 1)):
                 continue
-        elif weights.routing is not role.routing or dims != tuple(D.dim(("t", s) if i == 0 else ("k", s)) for i, s in enumerate(shape)):
+        elif weights.routing is not role.routing or dims != tuple(
+            D.dim(("t", s) if i == 0 else ("k", s)) for i, s in enumerate(shape)
+        ):
             continue
         feature = role.dims[3 - slots]
         if D.names((feature,)) > {"c"}:

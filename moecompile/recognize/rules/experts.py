@@ -29,9 +29,7 @@ from moecompile.recognize.roles import (
     Role,
     SortedIds,
     Space,
-
     Sum,
-
 )
 from moecompile.recognize.rules.order import is_flat, subset_space
 from moecompile.recognize.rules.pointwise import rows_of, weights_of
@@ -154,9 +152,7 @@ def _to_token_order(c: RoleMode, x: Tensor, at: Inverse) -> Role | None:
     if not k or D.names(role.dims[:1]) > {"p"} or "p" in D.names(role.dims[1:]):
         return None
     pairs = D.sizes(role.dims[:1])[0]
-    return dataclasses.replace(
-        role, dims=(D.dim(("t", pairs // k), ("k", k)), *role.dims[1:]), space=TOKEN_SPACE, top_k=k
-    )
+    return dataclasses.replace(role, dims=(D.dim(("t", pairs // k), ("k", k)), *role.dims[1:]), space=TOKEN_SPACE, top_k=k)
 
 
 def _by_two(c: RoleMode, out: Tensor, x: Tensor, a: Role | None, b: Role | None) -> Role | None:
@@ -208,7 +204,9 @@ def _grouped(c: RoleMode, out: Tensor, a: Tensor, b: Tensor, offsets: Any) -> Ro
 
 
 @rule(aten._grouped_mm)
-def _grouped_mm(c: RoleMode, out: Tensor, a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Role | None:
+def _grouped_mm(
+    c: RoleMode, out: Tensor, a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None
+) -> Role | None:
     return _grouped(c, out, a, b, offs) if bias is None else None
 
 
@@ -316,6 +314,3 @@ def _addmm(c: RoleMode, out: Tensor, bias: Tensor, a: Tensor, b: Tensor, *, beta
     if product is None or stack is None or bias.shape[0] != out.shape[1]:
         return None
     return dataclasses.replace(product, expr=("add", product.expr, ("bias", stack, 0)))
-
-
-

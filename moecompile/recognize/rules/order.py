@@ -110,7 +110,9 @@ def _cumsum(c: RoleMode, out: Tensor, x: Tensor, dim: int, *, dtype: torch.dtype
 
 
 @rule(aten.index_put, aten.index_put_)
-def _index_put(c: RoleMode, out: Tensor, x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> Role | None:
+def _index_put(
+    c: RoleMode, out: Tensor, x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False
+) -> Role | None:
     """blank[perm] = 0, 1, 2, ..: the inverse permutation."""
     from moecompile.recognize.rules.combine import put
 

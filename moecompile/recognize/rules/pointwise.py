@@ -133,8 +133,10 @@ def _first_weighting(c: RoleMode, out: Tensor, x: Any, y: Any) -> Role | None:
 
 
 def rows_of(leaf: Leaf, broadcast: str = "b") -> tuple[PairExpr, D.Dims] | None:
-    """A live-in [.., H], perhaps repeated, as rows: leading dimensions are tokens, the last is features."""
-    last = str(leaf.ref.tensor.dim() - 1)
+    """A live-in [.., H], perhaps repeated, as rows: the last dimension (of those larger than 1) is features, the others are
+    tokens."""
+    shape = leaf.ref.tensor.shape
+    last = str(max((i for i, s in enumerate(shape) if s != 1), default=len(shape) - 1))
     if leaf.ref.tensor.dim() < 2 or not leaf.ref.tensor.is_floating_point():
         return None
     mapping = {n: "t" for n in D.names(leaf.dims) if n.isdigit() and n != last}
@@ -149,7 +151,13 @@ def rows_of(leaf: Leaf, broadcast: str = "b") -> tuple[PairExpr, D.Dims] | None:
 def _mul(c: RoleMode, out: Tensor, x: Any, y: Any) -> Role | None:
     if not out.is_floating_point():
         return None
-    return router.scaled(c, x, y) or router.scaled(c, y, x) or _of_expert(c, x, y) or _of_expert(c, y, x) or arithmetic(c, out, "mul", x, y)
+    return (
+        router.scaled(c, x, y)
+        or router.scaled(c, y, x)
+        or _of_expert(c, x, y)
+        or _of_expert(c, y, x)
+        or arithmetic(c, out, "mul", x, y)
+    )
 
 
 def _of_expert(c: RoleMode, weights: Any, mask: Any) -> Role | None:
@@ -298,7 +306,11 @@ def _masked_fill(c: RoleMode, out: Tensor, x: Tensor, mask: Tensor, value: Any) 
             return dataclasses.replace(role, expr=("sentinel", m.bound, role.expr)) if same and fits else None
         found = weights_of(c, x)
         if found is not None and m.order is None and x.shape == mask.shape and not found[0].dense:
-            if found[0].routing in (None, m.routing) and D.in_pair_order(m.dims) and (found[0].routing is None or found[1] == m.dims):
+            if (
+                found[0].routing in (None, m.routing)
+                and D.in_pair_order(m.dims)
+                and (found[0].routing is None or found[1] == m.dims)
+            ):
                 return Pairs(m.dims, ("sentinel", m.bound, ("weight", found[0])), m.routing, TOKEN_SPACE, m.routing.top_k)
     return None
 

@@ -29,7 +29,6 @@ from moecompile.recognize.roles import (
     GroupScore,
     Ids,
     Leaf,
-
     Role,
     Routing,
     Scores,
@@ -265,7 +264,13 @@ def added(c: RoleMode, out: Tensor, x: Tensor, y: Any) -> Role | None:
             if isinstance(scores, Scores) and bias is not None and bias.cast is None and isinstance(other, Tensor):
                 whole = tuple(bias.ref.tensor.shape) == (D.sizes(scores.dims)[-1],)
                 alone = all(not d for d in bias.dims[:-1]) and len(bias.dims) <= len(scores.dims)
-                if whole and alone and D.names(scores.dims[-1:]) <= {"e"} and scores.tree[0] != "bias" and other.shape[-1] == out.shape[-1]:
+                if (
+                    whole
+                    and alone
+                    and D.names(scores.dims[-1:]) <= {"e"}
+                    and scores.tree[0] != "bias"
+                    and other.shape[-1] == out.shape[-1]
+                ):
                     return dataclasses.replace(scores, tree=("bias", scores.tree, bias.ref))
     return None
 
@@ -294,6 +299,3 @@ def scaled(c: RoleMode, x: Tensor, y: Any) -> Role | None:
     if isinstance(a, Chosen) and number is not None:
         return dataclasses.replace(a, tree=("scale", a.tree, number), base=None)
     return None
-
-
-

@@ -172,7 +172,9 @@ def _to_copy(c: RoleMode, out: Tensor, x: Tensor, *, dtype: torch.dtype | None =
 
 
 @rule(aten.slice)
-def _slice(c: RoleMode, out: Tensor, x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Role | None:
+def _slice(
+    c: RoleMode, out: Tensor, x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Role | None:
     role = c.get(x)
     if out.shape == x.shape and step == 1:
         return viewed(c, x)
@@ -206,6 +208,20 @@ def _unbind(c: RoleMode, out: list[Tensor], x: Tensor, dim: int = 0) -> list[Rol
     role = c.get(x)
     if isinstance(role, Nonzero) and dim in (1, -1):
         return [coordinate(c, role, i) for i in range(len(out))]
+    if isinstance(role, Pairs):
+        return [part(role, dim % x.dim(), i) for i in range(len(out))]
+    return None
+
+
+def part(role: Pairs, dim: int, i: int) -> Pairs | None:
+    """Features seen as [major, minor], at one of the two: a run of them, or every n-th."""
+    major, minor = D.size_of(role.dims, "major"), D.size_of(role.dims, "minor")
+    rest = (*role.dims[:dim], *role.dims[dim + 1 :])
+    which = D.names(role.dims[dim : dim + 1])
+    if which == {"major"}:
+        return dataclasses.replace(role, dims=D.rename(rest, {"minor": "c"}), expr=("slice", role.expr, i * minor, 1, minor))
+    if which == {"minor"}:
+        return dataclasses.replace(role, dims=D.rename(rest, {"major": "c"}), expr=("slice", role.expr, i, minor, major))
     return None
 
 
@@ -245,6 +261,8 @@ def _select(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: int) -> Role |
             return Mask(rest, role.routing, index) if rest is not None else None
     if isinstance(role, Nonzero) and dim == 1:
         return coordinate(c, role, index % x.shape[1])
+    if isinstance(role, Pairs) and index >= 0:
+        return part(role, dim, index)
     if isinstance(role, (Ids, Chosen)) and not role.dims[dim] and rest is not None:
         return dataclasses.replace(role, dims=rest)  # the only slot
     return None
@@ -280,4 +298,3 @@ def _empty(c: RoleMode, out: Tensor, *_: Any, **__: Any) -> Role:
 @rule(aten.arange)
 def _arange(c: RoleMode, out: Tensor, *args: Any, **_: Any) -> Role | None:
     return Iota(D.fresh(out.shape)) if len(args) == 1 or (args[0] == 0 and args[2:] in ((), (1,))) else None
-
