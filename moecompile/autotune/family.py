@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moecompile.autotune.key import DTYPES, Problem
+from moecompile.codegen.gpu_choose import Target
 from moecompile.kernels.gpu.config import Config
 
 _UNUSED = {axis.name: (8,) if axis.name == "group" else (1,) for axis in dataclasses.fields(Config)}
@@ -86,14 +87,20 @@ def check(kernel: str, numbers: Mapping[str, object]) -> str | None:
     return None
 
 
-def shared_bytes(problem: Problem, config: Config) -> int:
-    """Shared memory of one block: the operand tiles in flight. Other families keep everything in registers."""
-    size = DTYPES[problem.dtype]
-    if problem.kernel == "grad_matrix":
-        return (config.block_n + config.block_k) * config.block_m * size * config.stages
-    if problem.kernel in GROUPED:
-        return (config.block_m + config.block_n * gemm_of(problem).accumulators) * config.block_k * size * config.stages
-    return 0
+def shared_bytes(problem: Problem, config: Config, target: Target) -> int:
+    """Shared memory of one block: the operand tiles in flight. Other families keep everything in registers.
+
+    Tensor cores that read shared memory on their own (sm_90 and later, from 64 rows on) hold a tile for each stage; elsewhere
+    one stage is in registers.  So the offline compiler says for all four targets.
+    """
+    if problem.kernel not in GEMMS:
+        return 0
+    gradient = problem.kernel == "grad_matrix"
+    rows = config.block_n if gradient else config.block_m
+    columns = config.block_k if gradient else config.block_n * gemm_of(problem).accumulators
+    reads_alone = isinstance(target.arch, int) and target.arch >= 90 and rows >= 64
+    stages = config.stages if reads_alone else max(1, config.stages - 1)
+    return (rows + columns) * (config.block_m if gradient else config.block_k) * DTYPES[problem.dtype] * stages
 
 
 def tile_registers(problem: Problem, config: Config, warp: int) -> int:
