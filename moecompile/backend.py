@@ -45,10 +45,10 @@ def moe(
             return lower(candidate, example_inputs, settings)
         except CONTROL_FLOW:
             raise
-        except Exception as e:
+        except Exception as error:
             if settings.strict:
                 raise
-            report.internal_failure("compiling the rewritten graph", e, settings)
+            report.internal_failure("compiling the rewritten graph", error, settings)
     return lower(gm, example_inputs, settings)
 
 
@@ -57,6 +57,7 @@ def rewrite(gm: fx.GraphModule, settings: Settings) -> fx.GraphModule | None:
     context = Context(
         supports_experts=lambda spec, device, train: target.supports_experts(spec, device, train, settings.kernels),
         supports_router=lambda spec, device: target.supports_router(spec, device, settings.kernels),
+        kernel=lambda device: target.kernel_name(device, settings.kernels),
         train=torch.is_grad_enabled(),
         router=settings.router,
     )
@@ -66,10 +67,10 @@ def rewrite(gm: fx.GraphModule, settings: Settings) -> fx.GraphModule | None:
             candidate = graph_pass.run(candidate, context)
     except CONTROL_FLOW:
         raise
-    except Exception as e:
+    except Exception as error:
         if settings.strict:
             raise
-        report.internal_failure("rewriting", e, settings)
+        report.internal_failure("rewriting", error, settings)
         return None
     report.add(gm, candidate, context.entries)
     declined = [e for e in context.entries if e.status == "declined"]
@@ -79,8 +80,9 @@ def rewrite(gm: fx.GraphModule, settings: Settings) -> fx.GraphModule | None:
         for e in declined:
             message = f"moecompile: a layer runs as it was written ({e.node}): {e.reason}"
             report.warn_once(message)
+    reference = "asked for" if settings.kernels == "reference" else ""
     for name, original in context.regions.items():
-        fallback.register(name, original, settings.fallback, settings.verify)
+        fallback.register(name, None if reference else original, settings.fallback, settings.verify, reference)
     if not any(e.status == "fused" for e in context.entries):
         return None
     return candidate
@@ -97,8 +99,9 @@ def lower(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings) -> 
     from torch._inductor.compile_fx import compile_fx
 
     # Inductor's caches know an op by name, not by what its Python code does: the tag keeps releases apart.
-    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}moecompile-{__version__}-{ops.ABI}"):
-        return compile_fx(gm, example_inputs, config_patches=settings.inductor or None)  # type: ignore[no-any-return]
+    tags = torch.compiler.config
+    with tags.patch(cache_key_tag=f"{tags.cache_key_tag}moecompile-{__version__}-{ops.ABI}"):  # type: ignore[attr-defined]
+        return compile_fx(gm, example_inputs, config_patches=settings.inductor or None)  # type: ignore[return-value]
 
 
 def reset() -> None:

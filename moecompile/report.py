@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._logging._internal import trace_structured
 
 from moecompile.config import Settings
 from moecompile.ir import expr
@@ -89,7 +90,7 @@ def _lines(e: Entry) -> list[str]:
         return [f"declined {e.node}: {e.reason}", *([f"    {where}"] if where else [])]
     assert e.spec is not None
     s = e.spec
-    out = [f"fused {e.node}: {e.form}"]
+    out = [f"fused {e.node}: {e.form}" + (f"; runs as {e.kernel}" if e.kernel else "")]
     out.append(
         f"    E={s.num_experts} K={s.top_k} H={s.hidden} F={s.intermediate} {str(s.dtype).removeprefix('torch.')}, "
         f"activation {expr.text(s.activation)}, weight on {s.weight_on.value}"
@@ -175,9 +176,7 @@ def add(before: fx.GraphModule, after: fx.GraphModule, entries: list[Entry]) -> 
         log.info("%s", "; ".join(_lines(e)))
     if entries:
         payload = json.dumps({"layers": [_plain(e) for e in entries]})
-        torch._logging.trace_structured(
-            "artifact", metadata_fn=lambda: {"name": "moecompile", "encoding": "json"}, payload_fn=lambda: payload
-        )
+        trace_structured("artifact", metadata_fn=lambda: {"name": "moecompile", "encoding": "json"}, payload_fn=lambda: payload)
 
 
 def internal_failure(doing: str, e: Exception, settings: Settings) -> None:

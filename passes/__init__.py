@@ -39,6 +39,7 @@ class Entry:
     router_reason: str = ""  # why the router was left as it is
     stack_trace: str = ""
     region: str = ""
+    kernel: str = ""  # what runs it
 
 
 @dataclass
@@ -47,10 +48,11 @@ class Context:
 
     supports_experts: Callable[[ExpertsSpec, torch.device, bool], str | None] = lambda spec, device, train: None
     supports_router: Callable[[RouterSpec, torch.device], str | None] = lambda spec, device: None
+    kernel: Callable[[torch.device], str] = lambda device: ""
     train: bool = False
     router: bool = True
     entries: list[Entry] = field(default_factory=list)
-    regions: dict[str, fx.GraphModule] = field(default_factory=dict)  # name -> the original nodes of a layer
+    regions: dict[str, fx.GraphModule | None] = field(default_factory=dict)  # name -> a layer's original nodes, if they stand alone
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ Needs: nothing (walks the graph itself).  Changes rounding: sums and activation 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from typing import Any
 
@@ -20,8 +21,8 @@ from moecompile.errors import Unsupported
 from moecompile.ir import surgery
 from moecompile.ir.spec import ExpertsSpec, Weight
 from moecompile.passes import Context, Entry, Phase, graph_pass
-from moecompile.recognize.layer import Layer, layers
 from moecompile.recognize import dims as D
+from moecompile.recognize.layer import Layer, layers
 from moecompile.recognize.roles import Chosen, DenseWeights, Ref
 from moecompile.recognize.walk import Walk, walk
 
@@ -66,6 +67,7 @@ class _Replacement:
         self.gm, self.graph, self.layer, self.context, self.entry = gm, gm.graph, layer, context, entry
         self.walk, self.mode, self.end = layer.walk, layer.walk.mode, layer.end
         self.spec: ExpertsSpec = layer.spec.experts
+        self.sizes: list[fx.Node] = []
 
     def do(self) -> None:
         layer, end = self.layer, self.end
@@ -137,20 +139,19 @@ class _Replacement:
     # ------------------------------------------------------------ the original, kept
 
     def cut_out(self, nodes: set[fx.Node], reads: list[Ref], weights: Ref | None) -> str:
-        """Keep the original nodes under a name, as a function of (x, weights, ids, params, sizes). "" if they read more."""
+        """Keep the original nodes under a name, as a function of (x, weights, ids, params, sizes), unless they read more."""
         layer = self.layer
         params = [ref.node for ref, _ in layer.params]
         given = [layer.x.node, *([weights.node] if weights is not None else []), layer.ids.node, *params]
-        if len(set(given)) != len(given):
-            return ""
-        self.sizes = [n for n in self.walk.nodes if n.op == "placeholder" and self.is_size(n) and any(u in nodes for u in n.users)]
+        sizes = [n for n in self.walk.nodes if n.op == "placeholder" and self.is_size(n) and any(u in nodes for u in n.users)]
         returned = self.walk.holders[id(self.end.tensor)][0]
-        try:
-            original = surgery.cut(self.gm, nodes, [*given, *self.sizes], self.end.node, returned)
-        except KeyError:
-            self.sizes = []
-            return ""
-        name = hashlib.sha256((original.code + self.spec.text()).encode()).hexdigest()[:16]
+        original: fx.GraphModule | None = None
+        if len(set(given)) == len(given):
+            with contextlib.suppress(KeyError):  # reads something else: the reference stands in for it
+                original = surgery.cut(self.gm, nodes, [*given, *sizes], self.end.node, returned)
+        self.sizes = sizes if original is not None else []
+        told = original.code if original is not None else f"{self.end.node.name}"
+        name = hashlib.sha256((told + self.spec.text()).encode()).hexdigest()[:16]
         self.context.regions[name] = original
         return name
 
@@ -170,7 +171,7 @@ class _Replacement:
             params = [self.param(ref, cast) for ref, cast in layer.params]
             new = graph.call_function(
                 torch.ops.moe.experts.default,
-                (x, w, ids, params, getattr(self, "sizes", []) if region else [], self.spec.text(), region),
+                (x, w, ids, params, self.sizes, self.spec.text(), region),
             )
         key = "val" if "val" in like.meta and "example_value" not in like.meta else "example_value"
         new.meta.update(like.meta)
@@ -182,6 +183,7 @@ class _Replacement:
                 if self.step(user) > self.end.step and user is not new:
                     user.replace_input_with(holder, new)
         self.entry.node, self.entry.region = new.name, region
+        self.entry.kernel = self.context.kernel(self.end.tensor.device)
 
     def unshared(self, ref: Ref) -> fx.Node:
         """The node, or a copy of it where the value is overwritten later and the op's backward would still need it."""

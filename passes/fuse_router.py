@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from moecompile.errors import Unsupported
 from moecompile.ir import surgery
+from moecompile.ir.spec import RouterSpec
 from moecompile.passes import Context, Entry, Phase, graph_pass
 from moecompile.recognize.layer import Router, router_of
 from moecompile.recognize.roles import Chosen, Ids, Ref
@@ -56,7 +57,7 @@ def _need(condition: object, reason: str) -> None:
         raise Unsupported(reason)
 
 
-def _replace(gm: fx.GraphModule, found: Walk, n: fx.Node, context: Context):  # type: ignore[no-untyped-def]
+def _replace(gm: fx.GraphModule, found: Walk, n: fx.Node, context: Context) -> RouterSpec:
     weights, ids = (found.values.get(a) for a in n.args[1:3])  # type: ignore[arg-type]
     _need(n.args[1] is not None, "the experts are not weighted")
     w, i = found.mode.get(weights), found.mode.get(ids)
@@ -77,7 +78,7 @@ class _Rewrite:
         self.gm, self.walk, self.mode, self.router = gm, found, found.mode, router
         self.weights, self.ids = w.base, i.routing.ids.tensor  # type: ignore[union-attr]
 
-    def do(self):  # type: ignore[no-untyped-def]
+    def do(self) -> RouterSpec:
         walked, router = self.walk, self.router
         results = [*walked.holders[id(self.weights)], *walked.holders[id(self.ids)]]
         end = max(results, key=lambda m: walked.step[m])

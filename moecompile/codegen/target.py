@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import shutil
+from collections.abc import Callable
 
 import torch
 
@@ -54,9 +57,23 @@ def supports_router(spec: RouterSpec, device: torch.device, kernels: str) -> str
     return f"no kernels for {device.type} devices"
 
 
-def _built(build) -> str | None:  # type: ignore[no-untyped-def]
+def kernel_name(device: torch.device, kernels: str) -> str:
+    """What runs a moe.* op on the device, for people."""
+    if kernels == "reference":
+        return "PyTorch reference, asked for"
+    if device.type == "cpu":
+        return "generated C++" if _has_compiler() else "the original code or its PyTorch reference: no C++ compiler here"
+    return "generated Triton"
+
+
+def _has_compiler() -> bool:
+    return shutil.which(os.environ.get("CXX") or "g++") is not None
+
+
+def _built(build: Callable[[], None]) -> str | None:
+    """Why it could not be built, or None. Without any compiler nothing else could be built either: the reference runs."""
     try:
         build()
     except BuildError as e:
-        return str(e)
+        return str(e) if _has_compiler() else None
     return None

@@ -14,7 +14,8 @@ from torch import Tensor, fx
 
 # Nodes that only ask or assert the sizes of what they read: they go with it.
 _SIZE_QUERIES = {
-    "size", "sym_size", "numel", "item", "_assert_tensor_metadata", "_assert_scalar", "_check", "_check_is_size", "sym_constrain_range_for_size",
+    "size", "sym_size", "numel", "item",
+    "_assert_tensor_metadata", "_assert_scalar", "_check", "_check_is_size", "sym_constrain_range_for_size",
     "ge", "le", "gt", "lt", "eq", "ne", "add", "sub", "mul", "floordiv", "mod", "sym_sum", "sym_max", "sym_min",
 }  # fmt: skip
 
@@ -25,7 +26,8 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
     nodes: dict[fx.Node, fx.Node] = {}
     result, old_output = graph.graph_copy(gm.graph, nodes, return_output_node=True)  # type: ignore[misc]
     output = graph.output(result)
-    output.meta.update(old_output.meta)
+    if isinstance(old_output, fx.Node):
+        output.meta.update(old_output.meta)
     for old, new in nodes.items():
         new.meta.update(old.meta)
     copied = fx.GraphModule(gm, graph)

@@ -105,16 +105,16 @@ def describe(role: Any) -> str:
 
 
 def _last_of_each_sum(ends: list[End]) -> list[End]:
-    """Of the steps of one running sum the last; of a sum and its cast, both, in order."""
+    """Of the steps of one running sum the last; of a sum and its cast the cast, unless the sum itself is read too."""
     kept: list[End] = []
     for end in ends:
-        grows = kept and end.role.terms[: len(kept[-1].role.terms)] == kept[-1].role.terms
-        if grows and (len(end.role.terms) > len(kept[-1].role.terms) or end.tensor is kept[-1].tensor):
-            kept[-1] = end
-        elif grows and _only_user(kept[-1].node, end.node):
-            kept[-1] = end
-        elif not grows:
+        last = kept[-1] if kept else None
+        if last is None or end.role.terms[: len(last.role.terms)] != last.role.terms:
             kept.append(end)
+            continue
+        longer = len(end.role.terms) > len(last.role.terms) or end.tensor is last.tensor
+        if longer or _only_user(last.node, end.node):
+            kept[-1] = end
     return kept
 
 
@@ -150,8 +150,6 @@ def _layer(walk: Walk, end: End) -> Layer:
     k = max(t.top_k for t in terms) or routing.top_k
     _need(k and routing.top_k in (0, k), "how many experts a token has is not known")
     weights = parsed.weights
-    if weights is None and k > 1:
-        pass  # the plain sum of the chosen experts
     if space == DENSE_SPACE:
         _need(weights is not None, "every expert runs on every token and no routing weight selects among them")
         if parsed.weight_on is WeightOn.INPUT:
@@ -162,7 +160,7 @@ def _layer(walk: Walk, end: End) -> Layer:
     ids = routing.ids
     _need(ids is not None, "no node holds the chosen experts' ids")
     assert ids is not None and parsed.row is not None
-    x, cast = parsed.row
+    x = parsed.row
     tokens = ids.tensor.numel() // k
     _need(ids.tensor.numel() == tokens * k, "how many experts a token has is not known")
     _need(D.sizes(role.dims)[0] == tokens, "the output has other rows than the input")
@@ -265,7 +263,7 @@ class _Experts:
         self.num_experts = experts
         self.weights: Weights | None = None
         self.weight_on = WeightOn.NOWHERE
-        self.row: tuple[Ref, torch.dtype | None] | None = None
+        self.row: Ref | None = None
         self.row_expr: PairExpr | None = None
         self.projections: list[tuple[Any, Any, int, int, int]] = []  # stack, bias, start, step, length
         self.activation: Any = None
@@ -326,7 +324,7 @@ class _Experts:
         return e
 
     def _is_weight(self, e: PairExpr) -> bool:
-        return e[0] == "weight"
+        return bool(e[0] == "weight")
 
     def _weigh(self, e: PairExpr, on: WeightOn) -> None:
         _need(self.weights is None, "a pair is weighted twice")
@@ -342,7 +340,8 @@ class _Experts:
         return e, None
 
     def _note_mm(self, e: PairExpr) -> None:
-        if e[3]:
+        self.by_index = self.by_index or e[3] != 0
+        if e[3] > 0:
             _need(self.clamped in (0, e[3]), "ids are clamped twice")
             self.clamped = e[3]
         for s in e[1].each if isinstance(e[1], Stacks) else (e[1],):
@@ -412,7 +411,7 @@ class _Experts:
             self._weigh(b, WeightOn.INPUT)
             e = a
         _need(e[0] == "row", f"the experts' input is {_name(e)}, not rows of tokens")
-        self.row = (e[1], None)
+        self.row = e[1]
 
     # -------- the spec
 

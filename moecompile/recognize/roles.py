@@ -5,8 +5,8 @@ row is for the pair (token t, slot k) that went to expert e.
 
     ("row", ref)                        the row of x for the pair's token
     ("weight", weights)                 the pair's routing weight, a number
-    ("mm", stack, a)                    a W_e^T for the pair's expert e
-    ("bias", stack)                     a vector of the pair's expert
+    ("mm", stack, a, how)               a W_e^T for the pair's expert e; `how` as in rules/experts.py
+    ("bias", stack, clamped)            a vector of the pair's expert
     ("slice", a, start, step, length)   some of the features of a
     ("cast", dtype, a)
     ("sentinel", bound, a)              a where the pair's id is below `bound`, 0 elsewhere

@@ -147,7 +147,7 @@ class RoleMode(TorchDispatchMode):
     """Watches ATen ops and gives roles to the tensors they return."""
 
     def __init__(self, sizes: GenericSizes) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sizes = sizes
         self.roles: dict[int, tuple[Role, int]] = {}  # id(tensor) -> role, version of its storage when it was given
         self.version: Counter[object] = Counter()  # storage -> writes seen
@@ -220,7 +220,7 @@ class RoleMode(TorchDispatchMode):
             return None
         cast: torch.dtype | None = None
         source, offset, strides = t, t.storage_offset(), t.stride()
-        for _ in range(8):
+        while True:
             root = self.root.get(self.key(source))
             if root is None:
                 return None
@@ -236,15 +236,15 @@ class RoleMode(TorchDispatchMode):
             source = before
         ref = self.ref(root)
         assert ref is not None
-        e = strides[0] if t.dim() > features else None
+        e = int(strides[0]) if t.dim() > features else None
         return Stack(
             ref,
             tuple(root.shape),
-            offset - root.storage_offset(),
+            int(offset - root.storage_offset()),
             e,
             tuple(strides[-features:]),
             tuple(t.shape[-features:]),
-            t.shape[0] if t.dim() > features else 1,
+            int(t.shape[0]) if t.dim() > features else 1,
             cast,
         )
 
@@ -454,7 +454,7 @@ class _Runner:
             return
         if n.target is operator.setitem:
             self.values[n] = None
-            self.note(n, args[0], mode.get(args[0]))
+            self.note(n, self.values[n.args[0]], mode.get(args[0]))  # type: ignore[index]
         else:
             self.hold(n, out)
             for t in tensors(out) if isinstance(out, (tuple, list)) else ():

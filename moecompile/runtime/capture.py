@@ -18,7 +18,7 @@ from torch._dynamo import convert_frame, eval_frame
 
 config = torch._dynamo.config
 log = logging.getLogger("moecompile.capture")
-SETTINGS = dict(capture_dynamic_output_shape_ops=True, capture_scalar_outputs=True)
+SETTINGS = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
 
 
 class Scope:

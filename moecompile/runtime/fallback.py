@@ -38,14 +38,10 @@ COUNTS: Counter[str] = Counter()  # calls by outcome: "kernel", "fallback", "ver
 _lock = threading.Lock()
 
 
-def register(name: str, original: fx.GraphModule, policy: str, verify: int) -> None:
-    """Keep a layer's original nodes. Registering a name again renews its policy."""
+def register(name: str, original: fx.GraphModule | None, policy: str, verify: int, broken: str = "") -> None:
+    """Keep a layer's original nodes; `broken` says why its kernel is not to be used. Registering again starts anew."""
     with _lock:
-        known = _REGIONS.get(name)
-        if known is None:
-            _REGIONS[name] = Region(original, policy, verify)
-        else:
-            known.policy, known.verify = policy, verify
+        _REGIONS[name] = Region(original, policy, verify, broken)
 
 
 def region(name: str) -> Region:

@@ -71,7 +71,7 @@ def weighted_sum(c: RoleMode, out: Tensor, a: Tensor, b: Tensor) -> Role | None:
     """bmm of weights [T,1,K] and rows [T,K,H], or of rows [T,H,K] and weights [T,K,1]."""
     for rows, other, slots, unit in ((b, a, 1, 1), (a, b, 2, 2)):
         role, found = c.get(rows), weights_of(c, other)
-        if not isinstance(role, Pairs) or found is None or role.space != TOKEN_SPACE or found[0].dense:
+        if not isinstance(role, Pairs) or role.routing is None or found is None or role.space != TOKEN_SPACE or found[0].dense:
             continue
         weights, dims = found
         k = role.top_k or role.routing.top_k
@@ -187,8 +187,8 @@ def accumulated(c: RoleMode, out: Tensor, x: Any, y: Any) -> Role | None:
     """out[token] + rows."""
     for one, other in ((x, y), (y, x)):
         total, rows = c.get(one), c.get(other)
-        if isinstance(total, SumRows) and total.added is None and isinstance(rows, Pairs):
-            if rows.routing is total.routing and rows.space == total.space and D.sizes(rows.dims) == D.sizes(total.dims):
-                term = Term(total.space.expert, rows.expr, total.space, rows.top_k)
-                return SumRows(total.dims, total.total, total.storage, total.version, total.routing, total.space, term)
+        if not isinstance(total, SumRows) or total.added is not None or not isinstance(rows, Pairs):
+            continue
+        if rows.routing is total.routing and rows.space == total.space and D.sizes(rows.dims) == D.sizes(total.dims):
+            return dataclasses.replace(total, added=Term(total.space.expert, rows.expr, total.space, rows.top_k))
     return None

@@ -35,6 +35,8 @@ from moecompile.recognize.rules.order import is_flat, subset_space
 from moecompile.recognize.rules.pointwise import rows_of, weights_of
 from moecompile.recognize.walk import RoleMode, aten, rule
 
+GATHERED = -1  # fourth part of ("mm", ..): the matrix was indexed by unclamped ids; > 0: by ids clamped below this; 0: otherwise
+
 
 def source(c: RoleMode, x: Tensor) -> Leaf | None:
     """x as a live-in, whatever else it may be: a node must hold it."""
@@ -268,7 +270,7 @@ def _gathered_product(c: RoleMode, out: Tensor, rows: Tensor, x: Role | None, w:
             return None
         expr, dims, k = made[0], D.rename(made[1], {"b": "k"}), w.routing.top_k
     order = (0, 2, 1) if transposed else (0, 1, 2)
-    dims, wdims = tuple(dims[i] for i in order), tuple(w.dims[i] for i in ((0, 2, 1) if transposed else (0, 1, 2)))
+    dims, wdims = tuple(dims[i] for i in order), tuple(w.dims[i] for i in order)
     # now rows [batch, m, contracted] and w [batch, contracted, n]
     names = [[n for n, _ in d] for d in wdims]
     contracted = names[1]
@@ -283,11 +285,11 @@ def _gathered_product(c: RoleMode, out: Tensor, rows: Tensor, x: Role | None, w:
     if batch is None or D.names(dims[1:2]) & {"c"} or (D.names(dims[1:2]) and D.names(wdims[2:]) & {"t", "k"}):
         return None
     stack = w.stack if which == "h" else w.stack.transposed()
-    merged = (batch[0], dims[1], D.rename(wdims[2:], {kept: "c"})[0])
-    merged = tuple(merged[i] for i in order)
+    product = (batch[0], dims[1], D.rename(wdims[2:], {kept: "c"})[0])
+    merged = tuple(product[i] for i in order)
     if not D.names(merged) >= {n for n in ("t", "k") if n in D.names(w.dims)}:
         return None
-    return Pairs(merged, ("mm", stack, expr, w.clamped), w.routing, w.space, k or w.routing.top_k)
+    return Pairs(merged, ("mm", stack, expr, w.clamped or GATHERED), w.routing, w.space, k or w.routing.top_k)
 
 
 def _single(c: RoleMode, out: Tensor, a: Tensor, b: Tensor) -> Pairs | None:

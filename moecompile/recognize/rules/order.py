@@ -177,9 +177,9 @@ def _eq(c: RoleMode, out: Tensor, x: Tensor, y: Any) -> Role | None:
             return None
         return Mask(_pair_axes(ids), ids.routing, int(number))
     a, b = c.get(x) or as_ids(c, x), c.get(y) or as_ids(c, y)
-    for ids, iota in ((a, b), (b, a)):
-        if isinstance(ids, Ids) and isinstance(iota, Iota) and not ids.clamped:
-            return _one_hot(ids, iota)
+    for one, iota in ((a, b), (b, a)):
+        if isinstance(one, Ids) and isinstance(iota, Iota) and not one.clamped:
+            return _one_hot(one, iota)
     return None
 
 

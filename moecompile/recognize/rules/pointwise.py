@@ -17,6 +17,7 @@ from moecompile.recognize.roles import (
     ChosenSum,
     DenseWeights,
     ExpertWeight,
+    Full,
     Gathered,
     GroupMask,
     Leaf,
@@ -305,13 +306,10 @@ def _masked_fill(c: RoleMode, out: Tensor, x: Tensor, mask: Tensor, value: Any) 
             fits = D.align(role.dims, m.dims) == role.dims
             return dataclasses.replace(role, expr=("sentinel", m.bound, role.expr)) if same and fits else None
         found = weights_of(c, x)
-        if found is not None and m.order is None and x.shape == mask.shape and not found[0].dense:
-            if (
-                found[0].routing in (None, m.routing)
-                and D.in_pair_order(m.dims)
-                and (found[0].routing is None or found[1] == m.dims)
-            ):
-                return Pairs(m.dims, ("sentinel", m.bound, ("weight", found[0])), m.routing, TOKEN_SPACE, m.routing.top_k)
+        if found is None or m.order is not None or x.shape != mask.shape or found[0].dense or not D.in_pair_order(m.dims):
+            return None
+        if found[0].routing is None or (found[0].routing is m.routing and found[1] == m.dims):
+            return Pairs(m.dims, ("sentinel", m.bound, ("weight", found[0])), m.routing, TOKEN_SPACE, m.routing.top_k)
     return None
 
 
@@ -320,7 +318,7 @@ def _where(c: RoleMode, out: Tensor, mask: Tensor, x: Any = None, y: Any = None)
     m = c.get(mask)
     if isinstance(m, GroupMask) and isinstance(c.get(x), Scores):
         fill = c.get(y)
-        number = fill.value if hasattr(fill, "value") else c.number(y)
+        number = fill.value if isinstance(fill, Full) else c.number(y)
         if number is not None:
             return router.masked(c, c.get(x), dataclasses.replace(m, inverted=not m.inverted), number)  # type: ignore[arg-type]
     return None

@@ -160,8 +160,10 @@ def _gather(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, **_: A
         return None
     role = c.get(x)
     if isinstance(role, DenseWeights):
-        same = role.routing is ids.routing and role.tree is not None and role.dims[:-1] == ids.dims[:-1]
-        return Chosen(ids.dims, role.tree, ids.routing) if same and is_last(role, dim, {"e"}) else None
+        same = role.routing is ids.routing and role.dims[:-1] == ids.dims[:-1]
+        if role.tree is None or not same or not is_last(role, dim, {"e"}):
+            return None
+        return Chosen(ids.dims, role.tree, ids.routing)
     if isinstance(role, Scores):
         scores = role
     elif ids.routing.choice is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from moecompile.recognize.roles import (
 )
 from moecompile.recognize.walk import RoleMode, aten, rule
 
+R = TypeVar("R", bound=Role)
 _ORDERS = (Perm, Inverse, PairToken, PairSlot, Counts, Offsets, SortedIds, Iota)
 
 
@@ -42,7 +43,7 @@ def viewed(c: RoleMode, x: Tensor) -> Role | None:
     return c.get(x) or c.leaf(x)
 
 
-def with_dims(role: Role, dims: D.Dims | None) -> Role | None:
+def with_dims(role: R, dims: D.Dims | None) -> R | None:
     return None if dims is None else dataclasses.replace(role, dims=dims)
 
 
@@ -87,7 +88,7 @@ def _unsqueeze(c: RoleMode, out: Tensor, x: Tensor, dim: int) -> Role | None:
 @rule(aten.squeeze)
 def _squeeze(c: RoleMode, out: Tensor, x: Tensor, *_: Any) -> Role | None:
     role = viewed(c, x)
-    return None if role is None else with_dims(role, D.regroup(role.dims, out.shape))
+    return None if role is None else with_dims(role, D.regroup(role.dims, tuple(out.shape)))
 
 
 @rule(aten.permute)
