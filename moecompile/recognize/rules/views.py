@@ -91,22 +91,26 @@ def _squeeze(c: RoleMode, out: Tensor, x: Tensor, *_: Any) -> Role | None:
     return None if role is None else with_dims(role, D.regroup(role.dims, tuple(out.shape)))
 
 
-@rule(aten.permute)
-def _permute(c: RoleMode, out: Tensor, x: Tensor, order: list[int]) -> Role | None:
+def permuted(c: RoleMode, x: Tensor, order: list[int]) -> Role | None:
     role = viewed(c, x)
     return None if role is None else with_dims(role, tuple(role.dims[i] for i in order))
+
+
+@rule(aten.permute)
+def _permute(c: RoleMode, out: Tensor, x: Tensor, order: list[int]) -> Role | None:
+    return permuted(c, x, order)
 
 
 @rule(aten.transpose)
 def _transpose(c: RoleMode, out: Tensor, x: Tensor, a: int, b: int) -> Role | None:
     order = list(range(x.dim()))
     order[a], order[b] = order[b], order[a]
-    return _permute(c, out, x, order)
+    return permuted(c, x, order)
 
 
 @rule(aten.t)
 def _t(c: RoleMode, out: Tensor, x: Tensor) -> Role | None:
-    return _permute(c, out, x, list(range(x.dim()))[::-1])
+    return permuted(c, x, list(range(x.dim()))[::-1])
 
 
 @rule(aten.expand)
