@@ -15,6 +15,7 @@ import argparse
 import copy
 import gc
 import json
+import pathlib
 import platform
 import statistics
 import sys
@@ -168,7 +169,9 @@ def floor_runs(layer: Layer) -> dict[str, tuple[Callable[[], Tensor], float]]:
     return {"read": (lambda: data.sum(), data.numel() * 4.0), "multiply": (lambda: torch.mm(a, b), 2.0 * n**3)}
 
 
-def measure(layer: Layer, block: nn.Module, modules: dict[str, nn.Module], tokens: int, backward: bool, args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    layer: Layer, block: nn.Module, modules: dict[str, nn.Module], tokens: int, backward: bool, args: argparse.Namespace
+) -> dict[str, Any]:
     x = torch.randn(1, tokens, layer.hidden, generator=torch.Generator().manual_seed(tokens)).to(layer.dtype)
     with torch.no_grad():
         ids = block.gate(x[0])[2]  # type: ignore[operator]
@@ -210,15 +213,13 @@ def show(cell: dict[str, Any]) -> None:
     print(f"\n{cell['layer']}, T = {cell['tokens']}, {what}: {cell['experts_hit']} experts hit, {cell['rounds']} rounds")
     ours = cell["median_s"]["moe"]
     for name, t in sorted(cell["median_s"].items(), key=lambda item: item[1]):
-        apart = cell["difference"][name]
-        print(f"  {name:24} {t * 1e3:10.2f} ms   {t / ours:6.2f} x moe   best {cell['best_s'][name] * 1e3:9.2f}   differs by {apart:.1e}")
+        best, apart = cell["best_s"][name], cell["difference"][name]
+        print(f"  {name:24} {t * 1e3:10.2f} ms   {t / ours:6.2f} x moe   best {best * 1e3:9.2f}   differs by {apart:.1e}")
     for name, why in cell["skipped"].items():
         print(f"  {name:24} skipped: {why}")
-    print(
-        f"  floor {cell['floor_s'] * 1e3:.2f} ms (read {cell['read_GB_per_s']:.1f} GB/s, multiply {cell['multiply_GFLOP_per_s']:.0f} "
-        f"GFLOP/s): share {cell['share_of_floor']:.0%}; {cell['ratio']:.2f} x faster than {cell['best_rival']}",
-        flush=True,
-    )
+    rates = f"read {cell['read_GB_per_s']:.1f} GB/s, multiply {cell['multiply_GFLOP_per_s']:.0f} GFLOP/s"
+    gain = f"{cell['ratio']:.2f} x faster than {cell['best_rival']}"
+    print(f"  floor {cell['floor_s'] * 1e3:.2f} ms ({rates}): share {cell['share_of_floor']:.0%}; {gain}", flush=True)
 
 
 def main() -> int:
@@ -233,7 +234,8 @@ def main() -> int:
     p.add_argument("--rounds", type=int, default=5, help="least number of rounds of a cell")
     p.add_argument("--json", help="write all figures here")
     args = p.parse_args()
-    machine = {"cpu": _cpu(), "threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    machine = {"cpu": _cpu(), "threads": torch.get_num_threads(), **versions}
     print(machine)
     cells = []
     for layer in (layer for layer in LAYERS if layer.name in args.layers):
@@ -257,7 +259,7 @@ def main() -> int:
 
 def _cpu() -> str:
     try:
-        lines = open("/proc/cpuinfo").read().splitlines()
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

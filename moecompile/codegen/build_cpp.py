@@ -96,9 +96,10 @@ def _openmp() -> Path | None:
     """The OpenMP runtime that torch loaded: a second one would bring threads that spin against torch's."""
     torch.get_num_threads()
     try:
-        mapped = {line.split(maxsplit=5)[5].strip() for line in open("/proc/self/maps") if line.count("/")}
+        maps = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return None
+    mapped = {line.split(maxsplit=5)[5] for line in maps if "/" in line}
     for name in ("libgomp", "libiomp5", "libomp"):
         for path in sorted(mapped):
             if Path(path).name.startswith(name) and Path(path).exists():

@@ -159,7 +159,9 @@ class ExpertsKernel:
         x = x.to(self.spec.dtype)
         return x if x.stride(1) == 1 else x.contiguous()
 
-    def _head(self, x: Tensor, weights: Tensor | None, ids: Tensor, out: Tensor | None, out_dtype: int, saved: Tensor | None) -> list[int]:
+    def _head(
+        self, x: Tensor, weights: Tensor | None, ids: Tensor, out: Tensor | None, out_dtype: int, saved: Tensor | None
+    ) -> list[int]:
         s = self.spec
         return [
             *(x.shape[0], s.top_k, s.hidden, s.intermediate, s.out_features, s.num_experts),

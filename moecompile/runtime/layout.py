@@ -6,6 +6,7 @@ or, where it cannot (an axis of the view runs over two dimensions of the paramet
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -72,7 +73,7 @@ def covered(spec: ExpertsSpec, position: int) -> int:
 def overlap(spec: ExpertsSpec) -> str | None:
     """Why the views could share elements, so that gradients would have to be added; None where each element is in one."""
     for position in range(spec.num_params):
-        seen: list[tuple[int, int, Sequence[tuple[int, int]]]] = []
+        seen: list[tuple[int, int, list[tuple[int, int]]]] = []
         for w in spec.weights():
             used = sum(p == position for p in w.params)
             if not used:
@@ -80,12 +81,12 @@ def overlap(spec: ExpertsSpec) -> str | None:
             if used > 1:
                 return f"parameter {position} serves {used} experts"
             E, N, K = sizes(spec, w)
-            axes = sorted((s, d) for s, d in ((w.e, E), (w.n, N), (w.k, K)) if d > 1)
+            axes: list[tuple[int, int]] = sorted((s, d) for s, d in ((w.e, E), (w.n, N), (w.k, K)) if d > 1)
             seen.append((w.offset, w.offset + sum(s * (d - 1) for s, d in axes), axes))
             if not _distinct(axes):
                 return f"a view of parameter {position} reads elements more than once"
         seen.sort(key=lambda view: view[0])
-        for (a, a_last, axes), (b, _, others) in zip(seen, seen[1:], strict=False):
+        for (a, a_last, axes), (b, _, others) in itertools.pairwise(seen):
             if a_last < b:
                 continue
             if axes != others or not _distinct(sorted([*axes, (b - a, 2)])):

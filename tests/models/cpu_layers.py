@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +29,10 @@ ACTIVATIONS: dict[str, Expr] = {
     "gelu_tanh_glu": ("mul", expr.gelu(H0, "tanh"), H1),
     "softplus_log": ("log", ("add", expr.const(1.0), ("exp", H0))),
 }
-LAYOUTS = ("rows", "columns", "interleaved_columns", "interleaved_rows", "swapped_columns", "split", "separate", "padded", "odd_strides")
+LAYOUTS = (
+    *("rows", "columns", "interleaved_columns", "interleaved_rows", "swapped_columns"),
+    *("split", "separate", "padded", "odd_strides"),
+)
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Case:
     out_dtype: torch.dtype | None = None
 
     def __str__(self) -> str:
-        default = Case()
-        told = [f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self) if getattr(self, f.name) != getattr(default, f.name)]
+        mine, default = vars(self), vars(Case())
+        told = [f"{name}={value}" for name, value in mine.items() if value != default[name]]
         return ",".join(t.replace("torch.", "").replace("WeightOn.", "") for t in told) or "default"
 
     @property
