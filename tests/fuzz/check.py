@@ -17,7 +17,8 @@ from tests.models.numbers import Numbers, run, wrong
 
 @dataclass(frozen=True)
 class Verdict:
-    """kind: "fused", "declined", "impossible" (eager cannot run it either), "wrong" or "crash".
+    """kind: "fused", "declined", "unseen" (not even a near miss), "impossible" (eager cannot run it
+    either), "wrong" or "crash".
 
     asked: a recogniser must be able to fuse this form. router: the router was fused. detail: the reason, or what is wrong.
     """
@@ -30,7 +31,7 @@ class Verdict:
 
     @property
     def failed(self) -> bool:
-        return self.kind in ("wrong", "crash")
+        return self.kind in ("wrong", "crash") or (self.kind == "unseen" and self.asked)
 
     @property
     def asked(self) -> bool:
@@ -62,11 +63,12 @@ class Tally:
     @property
     def router_share(self) -> float:
         """Of the fused cases whose router is of the grammar."""
-        fused = [v for v in self.verdicts if v.kind == "fused" and v.case.recipe.router.in_grammar]
+        recipes = [(v, v.case.recipe) for v in self.verdicts if v.kind == "fused"]
+        fused = [v for v, recipe in recipes if recipe.router.in_grammar and not recipe.sentinels]
         return sum(v.router for v in fused) / max(1, len(fused))
 
     def __str__(self) -> str:
-        kinds = ", ".join(f"{self.count(k)} {k}" for k in ("fused", "declined", "impossible", "wrong", "crash"))
+        kinds = ", ".join(f"{self.count(k)} {k}" for k in ("fused", "declined", "unseen", "impossible", "wrong", "crash"))
         return f"{len(self.verdicts)} cases: {kinds}" + (
             f"; {self.fused_share:.1%} of asked forms fused, {self.router_share:.1%} of their routers"
         )
@@ -100,7 +102,7 @@ def check(seed: int) -> Verdict:
     except Exception as e:
         return Verdict("crash", case, f"{type(e).__name__}: {str(e)[:500]}", trace=traceback.format_exc())
     if not layers:
-        return Verdict("crash", case, "no layer is reported, neither fused nor declined")
+        return Verdict("unseen", case)
     if all(layer.fused for layer in layers):
         return Verdict("fused", case, "", layers[0].router)
     reasons = [layer.reason for layer in layers if not layer.fused]

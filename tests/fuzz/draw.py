@@ -41,7 +41,7 @@ class Case:
     def __str__(self) -> str:
         how = ["train" if self.train else "eval", self.inner]
         how += ["dynamic"] * self.dynamic + [f"frozen={self.frozen}"] * bool(self.frozen) + ["expanded"] * self.expanded
-        return f"{self.seed}: {self.recipe} [{' '.join(how)}] {self.recipe.spelling}"
+        return f"{self.seed}: {self.recipe} [{' '.join(how)}]"
 
     def other_shape(self) -> Recipe:
         shape = self.recipe.shape

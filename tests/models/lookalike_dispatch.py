@@ -98,13 +98,15 @@ class UpOnOtherRows(Grouped):
         return self.mm(rows, self.gate, ends), self.mm(rows.flip(0), self.up, ends)
 
 
-@lookalike("declined")
+@lookalike("any")
 class UpOfTheNextExpert(Grouped):
+    """The rolled stack is a stack of weights like any other."""
+
     def first(self, x: Tensor, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
         return self.mm(rows, self.gate, ends), self.mm(rows, self.up.roll(1, 0), ends)
 
 
-@lookalike("declined")
+@lookalike("any")
 class DownOfTheExpertsReversed(Grouped):
     def last(self, x: Tensor, h: Tensor, ends: Tensor) -> Tensor:
         return self.mm(h, self.down.flip(0), ends)
@@ -326,7 +328,7 @@ class SumOverTokensWhereTEqualsE(Dense):
         return y.sum(1)
 
 
-@lookalike("declined")
+@lookalike("any")
 class DownOfTheNextExpertDense(Dense):
     def product(self, h: Tensor) -> Tensor:
         return torch.bmm(h, self.down.roll(1, 0).transpose(1, 2))

@@ -249,8 +249,10 @@ class NormalisedByTheLargest(Grouped):
         return w / w.amax(-1, keepdim=True), ids
 
 
-@lookalike("experts")
+@lookalike("any")
 class SoftmaxOverTokens(Grouped):
+    """What remains is a choice among scores that something else computed."""
+
     def scores(self, x: Tensor) -> Tensor:
         return self.logits(x).softmax(0)
 
@@ -291,7 +293,7 @@ class BiasAlsoWeighs(Batched):
         return score.gather(1, ids), ids
 
 
-@lookalike("experts")
+@lookalike("any")
 class GroupsInterleaved(Batched):
     """Group g is experts g and g + 2: the view has its groups along the other dimension."""
 
@@ -303,7 +305,7 @@ class GroupsInterleaved(Batched):
         return grouped.masked_fill(~mask[..., None], 0.0).transpose(1, 2).reshape(-1, self.E)
 
 
-@lookalike("experts")
+@lookalike("any")
 class GroupsInverted(Batched):
     """The best group is the one that is left out."""
 

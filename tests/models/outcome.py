@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from moecompile import report
 from moecompile.backend import moe
@@ -23,12 +24,13 @@ class Layer:
 
 
 def compiled(module: nn.Module, inner: str = "eager", kernels: str = "reference", **settings: Any) -> Any:
-    """The module compiled by the backend, everything compiled before forgotten.
+    """The module compiled by the backend, everything compiled before forgotten, Dynamo's counters at 0.
 
     inner: what compiles the rest of the graph.  kernels: "reference" tests what was recognised and rewritten, without
     building a kernel for each of a thousand specs; "auto" is what users get.  `settings` are torch.compile's.
     """
     torch._dynamo.reset()
+    counters.clear()
     options = {"inner": inner, "kernels": kernels, "fallback": "silent", "strict": True, **settings.pop("options", {})}
     return torch.compile(module, backend=moe, options=options, **settings)
 

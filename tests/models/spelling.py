@@ -106,7 +106,6 @@ def product(s: Spelling, y: Tensor, w: Tensor) -> Tensor:
     if s.product == "weights_first":
         return w * y
     if s.product == "in_place" and torch.promote_types(y.dtype, w.dtype) == y.dtype:
-        y = y + 0  # a buffer of our own: y may be needed by autograd as it is
         y *= w
         return y
     return torch.mul(y, w)

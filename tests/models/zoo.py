@@ -31,14 +31,15 @@ class Example:
 
     @property
     def router_expected(self) -> bool:
-        return self.expect == "fused" and self.recipe.router.in_grammar
+        return self.expect == "fused" and self.recipe.router.in_grammar and not self.recipe.sentinels
 
 
 def _asked(recipe: Recipe) -> str:
     """What a recogniser must make of a recipe."""
     if recipe.adds_at_zero:
         return "declined"
-    return "fused" if FORMS[recipe.form].asked else "either"
+    shared = recipe.layout == "expanded"  # experts that share weights may be declined: their gradients add up
+    return "fused" if FORMS[recipe.form].asked and not shared else "either"
 
 
 def _examples() -> Iterator[Example]:
