@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from moecompile.kernels.gpu.config import Kernel
 from torch import Tensor
+
+from moecompile.kernels.gpu.config import Kernel
 
 SOURCE = '''\
 @triton.jit

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moecompile.kernels.gpu.config import Kernel
 from torch import Tensor
+
+from moecompile.kernels.gpu.config import Kernel
 
 EXPERT = """\
     e64 = tl.load(IDS + pair).to(tl.int64)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from moecompile.kernels.gpu.config import Kernel
 from moecompile.kernels.gpu.permute import Routing
-from torch import Tensor
 
 SOURCE = '''\
 @triton.jit(do_not_specialize=["tiles"])

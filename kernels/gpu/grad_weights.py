@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from moecompile.kernels.gpu.config import Kernel
 from torch import Tensor
+
+from moecompile.kernels.gpu.config import Kernel
 
 SOURCE = '''\
 @triton.jit(do_not_specialize=["R"])

@@ -14,8 +14,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from moecompile.kernels.gpu.config import Kernel, tiles_bound
 from torch import Tensor
+
+from moecompile.kernels.gpu.config import Kernel, tiles_bound
 
 
 class Routing(NamedTuple):

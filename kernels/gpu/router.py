@@ -7,8 +7,9 @@ range whatever the bits of the logits.
 
 from __future__ import annotations
 
-from moecompile.kernels.gpu.config import Kernel
 from torch import Tensor
+
+from moecompile.kernels.gpu.config import Kernel
 
 SOURCE = '''\
 @triton.jit

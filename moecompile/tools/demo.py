@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 
 from moecompile.tools import demo_models, demo_text
 from moecompile.tools.progress import Progress
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     start = time.monotonic()
+    inductor.cpp.vec_isa_ok = True  # take the vector instructions from the CPU's flags: trying them out takes 10 s, for all alike
     names = arguments.backends.split(",")
     text = demo_text.corpus()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; {len(text) / 1e6:.1f} MB of Python's own sources")
