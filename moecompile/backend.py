@@ -11,6 +11,7 @@ compilation of their result fail, the original graph is compiled (option `strict
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,7 @@ def moe(
 ) -> Callable[..., Any]:
     """The backend torch.compile calls for each graph. May be called twice for one graph; ValueError for bad options."""
     settings = config.resolve(mode, options)
-    target.bind_all()
+    bind()
     candidate = rewrite(gm, settings)
     if candidate is not None:
         try:
@@ -50,6 +51,16 @@ def moe(
                 raise
             report.internal_failure("compiling the rewritten graph", error, settings)
     return lower(gm, example_inputs, settings)
+
+
+@functools.cache
+def bind() -> None:
+    """Bind each device's kernels to the moe.* ops, and what was tuned for this GPU to the kernels; once a process."""
+    target.bind_all()
+    if torch.cuda.is_available():
+        from moecompile.autotune import source
+
+        source.install()
 
 
 def rewrite(gm: fx.GraphModule, settings: Settings) -> fx.GraphModule | None:
@@ -83,6 +94,9 @@ def rewrite(gm: fx.GraphModule, settings: Settings) -> fx.GraphModule | None:
     reference = "asked for" if settings.kernels == "reference" else ""
     for name, original in context.regions.items():
         fallback.register(name, None if reference else original, settings.fallback, settings.verify, reference)
+    for e in context.entries:
+        if e.router is not None:
+            fallback.register("route:" + e.router.text(), None, settings.fallback, settings.verify, reference)
     if not any(e.status == "fused" for e in context.entries):
         return None
     return candidate

@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from moecompile import backend, config
-from moecompile.codegen import target
 
 
 def fuse(program: torch.export.ExportedProgram, options: dict[str, Any] | None = None) -> fx.GraphModule:
@@ -23,7 +22,7 @@ def fuse(program: torch.export.ExportedProgram, options: dict[str, Any] | None =
     `options` as for torch.compile; ValueError for an unknown one.  `moecompile.report.last()` says what was fused.
     """
     settings = config.resolve(None, options)
-    target.bind_all()
+    backend.bind()
     gm = program.module()
     assert isinstance(gm, fx.GraphModule)
     _give_values(gm)

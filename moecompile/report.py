@@ -19,7 +19,9 @@ from torch._logging._internal import trace_structured
 
 from moecompile.config import Settings
 from moecompile.ir import expr
+from moecompile.ir.spec import MoESpec
 from moecompile.passes import Entry
+from moecompile.runtime import fallback
 
 log = logging.getLogger("moecompile.match")
 
@@ -42,6 +44,7 @@ class Report:
 
     graphs: list[GraphReport] = field(default_factory=list)
     breaks: list[str] = field(default_factory=list)  # why Dynamo broke or skipped, with the cure where one is known
+    fallback_calls: int = 0  # calls of fused layers that ran the original code, their kernel having failed
 
     @property
     def layers(self) -> list[Entry]:
@@ -59,6 +62,8 @@ class Report:
         if not self.layers and not self.breaks:
             lines.append("no MoE layer found: compiled as with Inductor")
         lines += [f"not captured: {b}" for b in self.breaks]
+        if self.fallback_calls:
+            lines.append(f"{self.fallback_calls} calls ran the original code because a kernel failed")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,6 +76,7 @@ class Report:
                 for g in self.graphs
             ],
             "breaks": self.breaks,
+            "fallback_calls": self.fallback_calls,
         }
 
     def save(self, path: str | pathlib.Path) -> None:
@@ -118,10 +124,8 @@ def expected_gain(e: Entry) -> str:
 
     if e.spec is None:
         return ""
-    try:
-        gains = {t: cost.expected_gain(e.spec, t, cost.default_machine()) for t in (1, 512)}
-    except (AttributeError, TypeError, ValueError, KeyError):
-        return ""
+    what = e.spec if e.router is None else MoESpec(e.router, e.spec)
+    gains = {t: cost.expected_gain(what, t, cost.default_machine()) for t in (1, 512)}
     return "expected by the cost model: " + ", ".join(f"{g:.2f}x at {t} tokens" for t, g in gains.items())
 
 
@@ -207,7 +211,7 @@ def last_reports() -> list[Entry]:
 
 def last() -> Report:
     """A report on every graph compiled since torch._dynamo.reset()."""
-    return Report(list(_REPORTS), _breaks())
+    return Report(list(_REPORTS), _breaks(), fallback.COUNTS["fallback"])
 
 
 # ---------------------------------------------------------------- explain

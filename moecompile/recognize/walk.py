@@ -143,6 +143,15 @@ class GenericSizes:
         return v
 
 
+def _telling(role: Role) -> bool:
+    """Is the loss of this role worth a line to the user? Sorted integers and table look-ups alone are in any model."""
+    if isinstance(role, (Gathered, SortedIds)):
+        return role.routing.choice is not None
+    if isinstance(role, Pairs):
+        return (role.routing is not None and role.routing.choice is not None) or "'mm'" in repr(role.expr)
+    return isinstance(role, SumRows) and role.added is not None
+
+
 class RoleMode(TorchDispatchMode):
     """Watches ATen ops and gives roles to the tensors they return."""
 
@@ -299,7 +308,7 @@ class RoleMode(TorchDispatchMode):
     def _lost(self, packet: Any, args: Any) -> None:
         for a in tree_leaves(args):
             role = self.get(a)
-            if isinstance(role, (Pairs, Gathered, SumRows)) or (isinstance(role, SortedIds) and not self.losses):
+            if role is not None and _telling(role):
                 assert self.current is not None
                 self.losses.append(Loss(self.current, str(packet), role))
                 return

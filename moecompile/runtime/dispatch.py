@@ -31,9 +31,14 @@ class Dispatch:
         r = fallback.region("route:" + spec)
         if not r.broken:
             try:
-                return self.kernels.route(logits, bias, spec)
+                weights, ids = self.kernels.route(logits, bias, spec)
             except Exception as e:
                 fallback.failed(r, e)
+            else:
+                if r.due("forward"):
+                    want = self.reference.route(logits, bias, spec)[0]
+                    fallback.compare(r, "a router", "forward", [weights], [want], logits.shape[-1])
+                return weights, ids
         return self.reference.route(logits, bias, spec)
 
     def experts(
@@ -48,7 +53,7 @@ class Dispatch:
             except Exception as e:
                 fallback.failed(r, e)
             else:
-                if r.verify > len(r.verified):
+                if r.due("forward"):
                     self._verify(r, spec, out, x, weights, ids, params, sizes)
                 return out
         return self._original(r, x, weights, ids, params, sizes, spec)
@@ -63,7 +68,7 @@ class Dispatch:
             except Exception as e:
                 fallback.failed(r, e)
             else:
-                if r.verify > len(r.verified):
+                if r.due("forward"):
                     self._verify(r, spec, out, x, weights, ids, params, sizes)
                 return out, saved
         s = experts_from_text(spec)
@@ -79,10 +84,10 @@ class Dispatch:
             except Exception as e:
                 fallback.failed(r, e)
             else:
-                if r.verify and len(r.verified) < 2 * r.verify:
+                if r.due("backward"):
                     want = ops.gradients(forward, grad, x, weights, params, needs)
                     length = max(x.shape[0], x.shape[1], grad.shape[1])
-                    fallback.compare(r, spec, "the backward", found, want, length)
+                    fallback.compare(r, _name(spec), "backward", found, want, length)
                 return found
         return ops.gradients(forward, grad, x, weights, params, needs)
 
@@ -97,4 +102,9 @@ class Dispatch:
         s = experts_from_text(spec)
         with torch.no_grad():
             want = fallback.original(r, s, ids, sizes)(x, weights, params)
-        fallback.compare(r, spec, "the forward", [out], [want], max(s.hidden, s.intermediate))
+        fallback.compare(r, _name(spec), "forward", [out], [want], max(s.hidden, s.intermediate))
+
+
+def _name(spec: str) -> str:
+    s = experts_from_text(spec)
+    return f"the experts (E={s.num_experts} K={s.top_k} H={s.hidden} F={s.intermediate} {s.dtype})"

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from moecompile.errors import VerifyError
 from moecompile.ir import reference
-from moecompile.ir.spec import ExpertsSpec, experts_from_text
+from moecompile.ir.spec import ExpertsSpec
 
 log = logging.getLogger("moecompile.runtime")
 
@@ -30,7 +30,12 @@ class Region:
     policy: str = "warn"
     verify: int = 0
     broken: str = ""
-    verified: list[float] = field(default_factory=list)  # the largest difference of each compared call, in units of tolerance
+    verified: Counter[str] = field(default_factory=Counter)  # compared calls, forward and backward
+    worst: float = 0.0  # the largest difference seen, in units of what the dtype explains
+
+    def due(self, what: str) -> bool:
+        """Is this call, "forward" or "backward", to be compared?"""
+        return self.verified[what] < self.verify
 
 
 _REGIONS: dict[str, Region] = {}
@@ -89,7 +94,7 @@ def original(r: Region, spec: ExpertsSpec, ids: Tensor, sizes: Sequence[int]) ->
     return forward
 
 
-def compare(r: Region, spec_text: str, what: str, got: Sequence[Tensor], want: Sequence[Tensor], length: int) -> None:
+def compare(r: Region, layer: str, what: str, got: Sequence[Tensor], want: Sequence[Tensor], length: int) -> None:
     """Note the largest difference in units of what the dtype explains; VerifyError where it is more."""
     worst = 0.0
     for a, b in zip(got, want, strict=True):
@@ -103,13 +108,10 @@ def compare(r: Region, spec_text: str, what: str, got: Sequence[Tensor], want: S
         difference = torch.where(same, torch.zeros_like(x), (x - y).abs() / allowed)
         worst = max(worst, float(difference.nan_to_num(nan=float("inf")).max()))
     COUNTS["verified"] += 1
-    r.verified.append(worst)
+    r.verified[what] += 1
+    r.worst = max(r.worst, worst)
     if worst > 1:
-        s = experts_from_text(spec_text)
-        message = (
-            f"verify: {what} differs from the original by {worst:.3g} times what {s.dtype} explains "
-            f"(E={s.num_experts} K={s.top_k} H={s.hidden} F={s.intermediate})"
-        )
+        message = f"verify: the {what} of {layer} differs from the original by {worst:.3g} times what its dtype explains"
         if r.policy == "error":
             raise VerifyError(message)
         log.warning(message)
