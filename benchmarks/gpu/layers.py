@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -77,9 +78,7 @@ class Layer:
         router = RouterSpec(
             experts, top_k, self.router.score, F32, self.router.bias, groups, self.router.weights_from, self.router.post, True
         )
-        return Layer(
-            self.name, hidden, intermediate, experts, top_k, router, self.activation, self.bias, self.transposed, self.interleaved, self.on
-        )  # fmt: skip
+        return dataclasses.replace(self, hidden=hidden, intermediate=intermediate, experts=experts, top_k=top_k, router=router)
 
 
 def _softmax(E: int, K: int, normalised: bool) -> RouterSpec:
