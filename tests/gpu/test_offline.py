@@ -13,6 +13,8 @@ import pathlib
 import pytest
 import torch
 
+from moecompile.analysis.machine import MACHINES
+from moecompile.autotune import candidates, family, key
 from moecompile.codegen import gpu_offline, gpu_text
 from moecompile.codegen.gpu_choose import TARGETS
 from moecompile.ir.spec import WeightOn
@@ -46,6 +48,8 @@ EXPECTED = {
     "sm_100": ({"mma.sync", "tcgen05.mma"}, {"tcgen05.mma"}),
     "gfx942": ({"v_mfma"}, {"v_mfma"}),
 }
+MACHINE = {"sm_80": "A100", "sm_90": "H200", "sm_100": "B200", "gfx942": "MI300X"}
+SHARES: dict[str, float] = {}  # of the floor, as autotune's estimate predicts; nothing of it was timed
 HALF_WIDE = ("gpt-oss", "llama4")  # transposed weights: rows of the transposed operand come in by what divides
 
 
@@ -64,6 +68,11 @@ def test_every_family_compiles(name: str, target_name: str, rows: float, record:
             used = built.instructions & {"mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma"}
             assert used & (large if kernel.config.block_m >= 64 else small), f"{where}: {sorted(built.instructions)}"
             assert built.wide or name in HALF_WIDE or target.backend == "hip", f"{where}: no 16-byte loads"
+        problem = key.problem_of(function, spec, tokens) if function in family.AXES else None
+        if problem is not None:
+            machine = MACHINES[MACHINE[target_name]]
+            share = candidates.floor_seconds(problem, machine) / candidates.estimate(problem, kernel.config, machine)
+            SHARES[f"{name}, {form}, {target_name}, {rows:g}"] = share
         record[f"{name}, {form}, {target_name}, {rows:g}"] = [
             built.registers, built.shared, built.programs, " ".join(sorted(built.instructions))
         ]  # fmt: skip
@@ -100,16 +109,18 @@ def record() -> gpu_offline.Any:
     """What was built, held against the golden file at the end: registers may move by an eighth, instructions may not."""
     found: dict[str, list[int | str]] = {}
     yield found
-    for key, (registers, shared, programs, instructions) in found.items():
-        print(f"{key:44} registers {registers:>4} spills 0 shared {shared:>7} programs/SM {programs:>2} {instructions}")
-    key = ".".join(triton.__version__.split(".")[:2])
+    print(f"\n{'layer, kernel, target, rows an expert':44} registers spills  shared programs/SM predicted  instructions")
+    for name, (registers, shared, programs, instructions) in found.items():
+        share = f"{SHARES[name]:4.0%}" if name in SHARES else "   -"
+        print(f"{name:44} {registers:>9} {0:>6} {shared:>7} {programs:>11} {share:>9}  {instructions}")
+    version = ".".join(triton.__version__.split(".")[:2])
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     if os.environ.get("MOE_UPDATE_GOLDEN"):
-        golden[key] = {**golden.get(key, {}), **found}
-        lines = [f'"{k}": {json.dumps(v)}' for k, v in sorted(golden[key].items())]
-        GOLDEN.write_text("{\n" + f'"{key}": {{\n' + ",\n".join(lines) + "\n}\n}\n")
+        golden[version] = {**golden.get(version, {}), **found}
+        lines = [f'"{k}": {json.dumps(v)}' for k, v in sorted(golden[version].items())]
+        GOLDEN.write_text("{\n" + f'"{version}": {{\n' + ",\n".join(lines) + "\n}\n}\n")
         return
-    for name, values in golden.get(key, {}).items():
+    for name, values in golden.get(version, {}).items():
         if name in found:
             assert found[name][3] == values[3], f"{name}: instructions {found[name][3]!r}, were {values[3]!r}"
             assert found[name][0] <= values[0] * 1.125, f"{name}: {found[name][0]} registers, were {values[0]}"
