@@ -135,7 +135,8 @@ def runner(module: nn.Module, x: Tensor, backward: bool) -> Callable[[], Tensor]
                 return module(x)  # type: ignore[no-any-return]
 
         return forward
-    leaf, grad = x.clone().requires_grad_(), torch.randn_like(x)
+    leaf = x.clone().requires_grad_()
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
     parameters = list(module.parameters())
 
     def both() -> Tensor:
