@@ -217,6 +217,8 @@ class GpuImplementation:
         return out, z
 
     def _build(self, s: ExpertsSpec, x: Tensor, params: Sequence[Tensor], tiled_by: str) -> tuple[_Builder, Sequence[Tensor]]:
+        if x.shape[0] * s.top_k >= 2**31:
+            raise ValueError(f"{x.shape[0]} tokens for {s.top_k} experts each: the kernels count pairs in 32 bits")
         layouts, params = read_layouts(s, params)
         tokens = gpu_choose.representative(x.shape[0], s.top_k, s.num_experts)
         precision = torch.get_float32_matmul_precision()
