@@ -82,7 +82,7 @@ class _Replacement:
         for ref in reads:
             self.check_unwritten(ref)
         self.check_aliases()
-        inputs = list(dict.fromkeys(r.node for r in reads))
+        inputs = [self.node(r) for r in reads]
         nodes = surgery.slice_of(end.node, set(inputs), lambda n: self.walk.writers(n, end.step))
         self.check_observed(nodes)
         region = self.cut_out(nodes, reads, weights)
@@ -121,7 +121,7 @@ class _Replacement:
 
     def check_unwritten(self, ref: Ref) -> None:
         writes = self.mode.written.get(ref.storage, [])
-        if any(ref.step < s <= self.end.step for s in writes):
+        if any(ref.step <= s <= self.end.step for s in writes):
             raise Unsupported(f"{ref.node.name} is overwritten between its use in the layer and the layer's end")
 
     def check_aliases(self) -> None:
@@ -133,6 +133,10 @@ class _Replacement:
                 if made_before and (n.op == "placeholder" or any(self.step(u) > self.end.step for u in n.users)):
                     raise Unsupported(f"{n.name}, a view of the layer's output made before it was complete, is used later")
 
+    def node(self, ref: Ref) -> fx.Node:
+        """The node that holds a live-in now: it may have been another layer's output."""
+        return self.walk.replaced.get(ref.node, ref.node)
+
     def step(self, n: fx.Node) -> int:
         return self.walk.step.get(n, 1 << 60)
 
@@ -141,8 +145,8 @@ class _Replacement:
     def cut_out(self, nodes: set[fx.Node], reads: list[Ref], weights: Ref | None) -> str:
         """Keep the original nodes under a name, as a function of (x, weights, ids, params, sizes), unless they read more."""
         layer = self.layer
-        params = [ref.node for ref, _ in layer.params]
-        given = [layer.x.node, *([weights.node] if weights is not None else []), layer.ids.node, *params]
+        weighted = [weights] if weights is not None else []
+        given = [self.node(r) for r in (layer.x, *weighted, layer.ids, *(ref for ref, _ in layer.params))]
         sizes = [n for n in self.walk.nodes if n.op == "placeholder" and self.is_size(n) and any(u in nodes for u in n.users)]
         returned = self.walk.holders[id(self.end.tensor)][0]
         original: fx.GraphModule | None = None
@@ -179,6 +183,7 @@ class _Replacement:
         if "stack_trace" in self.end.node.meta:
             new.meta["stack_trace"] = self.end.node.meta["stack_trace"]
         for holder in self.walk.holders[id(self.end.tensor)]:
+            self.walk.replaced[holder] = new
             for user in list(holder.users):
                 if self.step(user) > self.end.step and user is not new:
                     user.replace_input_with(holder, new)
@@ -188,8 +193,8 @@ class _Replacement:
     def unshared(self, ref: Ref) -> fx.Node:
         """The node, or a copy of it where the value is overwritten later and the op's backward would still need it."""
         if self.context.train and any(s > self.end.step for s in self.mode.written.get(ref.storage, [])):
-            return surgery.call(self.graph, "clone", (ref.node,), self.end.node)
-        return ref.node
+            return surgery.call(self.graph, "clone", (self.node(ref),), self.end.node)
+        return self.node(ref)
 
     def flat(self, n: fx.Node, cast: torch.dtype | None, last: int = 0) -> fx.Node:
         """n as [rows, last dimension], cast."""
@@ -215,7 +220,7 @@ class _Replacement:
         return surgery.call(self.graph, "reshape", (n, -1, k), self.end.node)
 
     def param(self, ref: Ref, cast: torch.dtype | None) -> fx.Node:
-        return ref.node if cast is None else surgery.call(self.graph, "to", (ref.node, cast), self.end.node)
+        return self.node(ref) if cast is None else surgery.call(self.graph, "to", (self.node(ref), cast), self.end.node)
 
     def example(self, n: fx.Node) -> Any:
         return n.meta.get("example_value", n.meta.get("val"))

@@ -62,6 +62,12 @@ def in_pair_order(dims: Dims) -> bool:
     return found == sorted(found, key="tk".index)
 
 
+def in_natural_order(dims: Dims) -> bool:
+    """Do the numbered axes of an unknown value come in the order of its own dimensions, when flattened?"""
+    found = [int(n) for n, _ in axes(dims) if n.isdigit()]
+    return found == sorted(found)
+
+
 def names(dims: Dims) -> set[str]:
     return {n for n, _ in axes(dims)}
 
@@ -95,12 +101,12 @@ def regroup(dims: Dims, shape: Sequence[int], k: int = 0) -> Dims | None:
 
 
 def broadcast(dims: Dims, shape: Sequence[int]) -> Dims | None:
-    """The dimensions after expand() to `shape`: new extent is a broadcast axis. None where two would be needed apart."""
+    """The dimensions after expand() to `shape`: new extent is a broadcast axis. None where there would be two."""
     lead = len(shape) - len(dims)
     out: list[Dim] = []
     for d, size in zip(((),) * lead + dims, shape, strict=True):
         out.append(dim(("b", int(size))) if not d and size != 1 else d)
-    return tuple(out)
+    return tuple(out) if sum(n == "b" for n, _ in axes(tuple(out))) <= 1 else None
 
 
 def rename(dims: Dims, mapping: dict[str, str]) -> Dims:

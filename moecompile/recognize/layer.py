@@ -108,13 +108,14 @@ def _last_of_each_sum(ends: list[End]) -> list[End]:
     """Of the steps of one running sum the last; of a sum and its cast the cast, unless the sum itself is read too."""
     kept: list[End] = []
     for end in ends:
-        last = kept[-1] if kept else None
-        if last is None or end.role.terms[: len(last.role.terms)] != last.role.terms:
+        for i, last in enumerate(kept):
+            if end.role.terms[: len(last.role.terms)] == last.role.terms:
+                longer = len(end.role.terms) > len(last.role.terms) or end.tensor is last.tensor
+                if longer or _only_user(last.node, end.node):
+                    kept[i] = end
+                break
+        else:
             kept.append(end)
-            continue
-        longer = len(end.role.terms) > len(last.role.terms) or end.tensor is last.tensor
-        if longer or _only_user(last.node, end.node):
-            kept[-1] = end
     return kept
 
 
@@ -270,6 +271,7 @@ class _Experts:
         self.down: Any = None
         self.down_bias: Any = None
         self.sentinel = 0
+        self.outer_sentinel = 0  # the same, where it masks a pair's weight or output
         self.clamped = 0
         self.by_index = False
         self.dtypes: set[torch.dtype] = set()
@@ -277,10 +279,10 @@ class _Experts:
         self._refs: list[tuple[Ref, torch.dtype | None]] = []
 
     def read(self, e: PairExpr) -> None:
-        e = self._strip(e)
+        e = self._strip_outer(e)
         scale = 1.0
         while e[0] == "mul":
-            a, b = self._strip(e[1]), self._strip(e[2])
+            a, b = self._strip_outer(e[1]), self._strip_outer(e[2])
             if self._is_weight(b):
                 self._weigh(b, WeightOn.OUTPUT)
                 e = a
@@ -308,7 +310,7 @@ class _Experts:
         assert self.row_expr is not None
         self._read_row(self.row_expr)
         if self.clamped:
-            _need(self.sentinel == self.clamped, "ids are clamped, and what was out of range is not masked")
+            _need(self.outer_sentinel == self.clamped, "ids are clamped, and what was out of range is not masked")
         if self.sentinel:
             _need(self.sentinel == self.num_experts, f"ids from {self.sentinel} are masked, there are {self.num_experts} experts")
 
@@ -322,6 +324,12 @@ class _Experts:
                 self.sentinel = e[1]
             e = e[2]
         return e
+
+    def _strip_outer(self, e: PairExpr) -> PairExpr:
+        inner = self._strip(e)
+        if e is not inner and self.sentinel:
+            self.outer_sentinel = self.sentinel
+        return inner
 
     def _is_weight(self, e: PairExpr) -> bool:
         return bool(e[0] == "weight")

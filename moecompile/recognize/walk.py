@@ -102,6 +102,7 @@ class Walk:
     losses: list[Loss] = field(default_factory=list)
     children: list[tuple[fx.Node, str, Walk]] = field(default_factory=list)  # bodies of higher-order ops
     ends: list[End] = field(default_factory=list)
+    replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)  # what a rewrite put in the place of a node
     heavy: set[int] = field(default_factory=set)  # ids of tensors that hold rows of the experts
     on_storage: dict[object, list[fx.Node]] = field(default_factory=dict)  # storage -> the nodes that hold a tensor on it
 
@@ -179,7 +180,10 @@ class RoleMode(TorchDispatchMode):
     # ------------------------------------------------------------ what rules ask
 
     def key(self, t: Tensor) -> object:
-        storage = t.untyped_storage()._cdata
+        try:
+            storage = t.untyped_storage()._cdata
+        except NotImplementedError:  # a tensor of a functorch transform has none
+            return ("transformed", id(t))
         return self.group.get(storage, storage)
 
     def get(self, t: object) -> Role | None:

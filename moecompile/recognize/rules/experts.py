@@ -49,8 +49,10 @@ def source(c: RoleMode, x: Tensor) -> Leaf | None:
 
 @rule(aten.index)
 def _index(c: RoleMode, out: Tensor, x: Tensor, indices: list[Tensor | None]) -> Role | None:
-    if any(i is None for i in indices[:1]) or not indices:
+    if not indices:
         return None
+    if indices[0] is None:
+        return _rows_under_unit(c, x, indices)
     if len(indices) == 2 and indices[1] is not None:
         return _by_two(c, out, x, c.get(indices[0]), c.get(indices[1]))
     if len([i for i in indices if i is not None]) != 1:
@@ -59,6 +61,17 @@ def _index(c: RoleMode, out: Tensor, x: Tensor, indices: list[Tensor | None]) ->
     if isinstance(at, Mask):
         return _by_mask(c, out, x, at)
     return gathered(c, out, x, at)
+
+
+def _rows_under_unit(c: RoleMode, x: Tensor, indices: list[Tensor | None]) -> Role | None:
+    """x[None, token]: rows below a dimension of size 1."""
+    at, leaf = c.get(indices[-1]), c.get(x)
+    if len(indices) != 2 or not isinstance(at, PairToken) or len(at.dims) != 1 or not isinstance(leaf, Leaf) or x.dim() != 3:
+        return None
+    made = rows_of(leaf) if x.shape[0] == 1 and "b" not in D.names(leaf.dims) else None
+    if made is None or D.names(made[1][1:2]) > {"t"} or D.names(made[1][2:]) > {"c"}:
+        return None
+    return Pairs(((), at.dims[0], made[1][2]), made[0], at.routing, at.space, at.top_k)
 
 
 @rule(aten.index_select)

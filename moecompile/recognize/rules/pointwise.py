@@ -44,7 +44,7 @@ def weights_of(c: RoleMode, t: object) -> tuple[Weights, D.Dims] | None:
         return Weights(None, role.tree, role.routing, role.base, dense=True), role.dims
     leaf = c.leaf(t)
     if leaf is not None and isinstance(t, Tensor) and t.is_floating_point() and "b" not in D.names(leaf.dims):
-        return Weights(leaf.ref), leaf.dims
+        return (Weights(leaf.ref), leaf.dims) if D.in_natural_order(leaf.dims) else None
     return None
 
 
@@ -138,7 +138,9 @@ def rows_of(leaf: Leaf, broadcast: str = "b") -> tuple[PairExpr, D.Dims] | None:
     tokens."""
     shape = leaf.ref.tensor.shape
     last = str(max((i for i, s in enumerate(shape) if s != 1), default=len(shape) - 1))
-    if leaf.ref.tensor.dim() < 2 or not leaf.ref.tensor.is_floating_point():
+    if len(shape) < 2 or not leaf.ref.tensor.is_floating_point():
+        return None
+    if not D.in_natural_order(tuple(tuple(a for a in d if a[0] != last) for d in leaf.dims)):
         return None
     mapping = {n: "t" for n in D.names(leaf.dims) if n.isdigit() and n != last}
     dims = D.rename(leaf.dims, {**mapping, last: "c", "b": broadcast})

@@ -39,8 +39,11 @@ _ORDERS = (Perm, Inverse, PairToken, PairSlot, Counts, Offsets, SortedIds, Iota)
 
 
 def viewed(c: RoleMode, x: Tensor) -> Role | None:
-    """The role of x, or x as a live-in."""
-    return c.get(x) or c.leaf(x)
+    """The role of x, or x as a live-in (which a layer's output is to whatever reads it)."""
+    role = c.get(x)
+    if isinstance(role, Sum) and len(role.dims) == 2:
+        return c.leaf(x) or role
+    return c.leaf(x) if role is None else role
 
 
 def with_dims(role: R, dims: D.Dims | None) -> R | None:
@@ -92,8 +95,12 @@ def _squeeze(c: RoleMode, out: Tensor, x: Tensor, *_: Any) -> Role | None:
 
 
 def permuted(c: RoleMode, x: Tensor, order: list[int]) -> Role | None:
+    """Dimensions reordered. Two that are both tokens must stay in order: nothing else tells them apart."""
     role = viewed(c, x)
-    return None if role is None else with_dims(role, tuple(role.dims[i] for i in order))
+    if role is None:
+        return None
+    tokens = [i for i in order if "t" in D.names(role.dims[i % len(order) : i % len(order) + 1])]
+    return with_dims(role, tuple(role.dims[i] for i in order)) if tokens == sorted(tokens) else None
 
 
 @rule(aten.permute)
@@ -131,7 +138,7 @@ def _repeat(c: RoleMode, out: Tensor, x: Tensor, times: list[int]) -> Role | Non
 @rule(aten.clone, aten.alias, aten.contiguous, aten.lift_fresh_copy)
 def _clone(c: RoleMode, out: Tensor, x: Tensor, **_: Any) -> Role | None:
     c.copied.setdefault(id(out), (x, None))
-    role = viewed(c, x)
+    role = c.get(x) or c.leaf(x)
     return None if isinstance(role, Leaf) and "b" not in D.names(role.dims) else role
 
 
