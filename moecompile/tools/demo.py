@@ -60,7 +60,7 @@ class Contender:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=200, help="training steps at most (200)")
     parser.add_argument(
-        "--limit", type=float, default=280.0, help="seconds to stay within: where compilation is slow, less is trained (280)"
+        "--limit", type=float, default=270.0, help="seconds to stay within: where compilation is slow, less is trained (270)"
     )
     parser.add_argument("--backends", default=",".join(NAMES), help="contenders, the first is what others are compared with")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"), help="folder for the loss curves (out)")
