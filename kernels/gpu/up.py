@@ -22,20 +22,32 @@ Grid: (tiles * N_TILES,)."""
 {% if on_input %}
     scale = tl.load(SCALE + pair, mask=live, other=0.0).to(tl.float32)[:, None]
 {% endif %}
+{% if interleaved %}
+    both = column * (2 * BN) + tl.arange(0, 2 * BN)  # gate and up columns alternate in memory
+    w_at = {{ W[0].base() }} + both[None, :] + {{ W[0].along("k[:, None]") }}
+    acc = tl.zeros((BM, 2 * BN), tl.float32)
+{% else %}
 {% for w in W %}
     {{ w.name }}_at = {{ w.base() }} + {{ w.at("n[None, :]", "k[:, None]") }}
     acc{{ loop.index0 }} = tl.zeros((BM, BN), tl.float32)
 {% endfor %}
+{% endif %}
     for k0 in range(0, H, BK):
         x = {{ load("x_at + k0", "live[:, None]", H % BK and "(k0 + k < H)[None, :]") }}
 {% if on_input %}
         x = x.to(tl.float32) * scale
 {% endif %}
         x = x.to({{ dtype }})
+{% if interleaved %}
+        w = {{ load("w_at" ~ W[0].step("k0"), F % BN and "(both < 2 * F)[None, :]", H % BK and "(k0 + k < H)[:, None]") }}
+        acc = {{ dot("x", "w", "acc") }}
+    acc0, acc1 = tl.split(tl.reshape(acc, (BM, BN, 2)))
+{% else %}
 {% for w in W %}
         {{ w.name }} = {{ load(w.name ~ "_at" ~ w.step("k0"), F % BN and "(n < F)[None, :]", H % BK and "(k0 + k < H)[:, None]") }}
         acc{{ loop.index0 }} = {{ dot("x", w.name, "acc" ~ loop.index0) }}
 {% endfor %}
+{% endif %}
 {% for b in B if b %}
     acc{{ b.index }} += {{ load(b.base() ~ " + " ~ b.at("n"), F % BN and "n < F") }}.to(tl.float32)[None, :]
 {% endfor %}

@@ -89,6 +89,9 @@ class Layout:
     def at(self, n: str, k: str = "") -> str:
         return " + ".join([_term(n, self.n), *([_term(k, self.k)] if k else [])])
 
+    def along(self, k: str) -> str:
+        return _term(k, self.k)
+
     def step(self, k0: str) -> str:
         return " + " + _term(k0, self.k)
 
@@ -122,6 +125,15 @@ def collect(spec: ExpertsSpec, layouts: dict[str, Layout]) -> Layouts:
         layouts["d"],
         layouts.get("db"),
     )
+
+
+def interleaved(spec: ExpertsSpec, layouts: Layouts) -> bool:
+    """Whether the two projections are every second column of one weight: read together, in one product, and split after."""
+    if len(layouts.projections) != 2 or spec.projections[0].params != spec.projections[1].params:
+        return False
+    gate, up = layouts.projections
+    same = (gate.stacked, gate.e, gate.n, gate.k, gate.dtype) == (up.stacked, up.e, up.n, up.k, up.dtype)
+    return same and gate.stacked and gate.n == 2 and up.offset == gate.offset + 1
 
 
 @lru_cache(1024)
@@ -289,6 +301,7 @@ def experts_text(
     on_input, on_output = spec.weight_on is WeightOn.INPUT, spec.weight_on is WeightOn.OUTPUT
     context: dict[str, Any] = {
         "P": P,
+        "interleaved": interleaved(spec, layouts),
         "W": layouts.projections,
         "B": layouts.projection_bias,
         "D": layouts.down,

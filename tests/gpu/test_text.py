@@ -23,6 +23,7 @@ from tests.gpu import families, layers
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 SPEC = layers.make(E=8, K=2, H=64, F=96, bias=True, activation=layers.ACTIVATIONS["clamped"], dtype=torch.bfloat16)
 PLAIN = layers.make(E=8, K=2, H=64, F=96, layout="separate", activation=layers.ACTIVATIONS["relu2"], dtype=torch.float16)
+TRANSPOSED = layers.make(E=8, K=2, H=64, F=80, bias=True, layout="interleaved-transposed", dtype=torch.bfloat16)
 CONFIG = Config(16, 32, 32, 4, 3)
 
 
@@ -34,6 +35,7 @@ def text(spec: object, family: str, **options: object) -> str:
 GOLDENS = {
     "up": lambda: text(SPEC, "up", train=True),
     "up_separate": lambda: text(PLAIN, "up", train=False),
+    "up_interleaved": lambda: text(TRANSPOSED, "up", train=False),
     "down": lambda: text(SPEC, "down"),
     "combine": lambda: text(SPEC, "combine", width=64, scaled=True),
     "decode_up": lambda: text(PLAIN, "decode_up"),

@@ -70,6 +70,7 @@ MUTANTS = (
         'y.to(Y.dtype.element_ty)", "live[:, None]", F % BN and "(n < F)[None, :]"',
         'y.to(Y.dtype.element_ty)", "live[:, None]"',
     ),
+    Mutant("up: alternate columns swapped", "up", "acc0, acc1 = tl.split", "acc1, acc0 = tl.split"),
     # GEMM 2 and combine
     Mutant("down: last step of the sum skipped", "down", "range(0, F, BK)", "range(0, F - BK, BK)"),
     Mutant("down: bias forgotten", "down", "acc += ", "acc += 0.0 * "),

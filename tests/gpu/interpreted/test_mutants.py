@@ -50,6 +50,8 @@ def many() -> None:
     spec = layer(E=1, K=1, F=33, bias=False)
     agree.training(spec, layers.inputs(spec, 17))
     agree.nan_stays_alone(layer(), 5)
+    spec = layer(layout="interleaved-transposed")
+    agree.forward(spec, layers.inputs(spec, 5))
 
 
 def on_input() -> None:
