@@ -196,7 +196,7 @@ def blank(s: Spelling, x: Tensor, width: int) -> Tensor:
 def slots(s: Spelling, y: Tensor, tokens: int, k: int) -> Tensor:
     """[R,H] in token order -> [T,K,H]."""
     if s.slots == "view":
-        return y.view(tokens, k, -1)
+        return y.view(tokens, k, y.shape[-1])
     return y.reshape(tokens, k, y.shape[-1]) if s.slots == "reshape" else y.unflatten(0, (tokens, k))
 
 
