@@ -39,6 +39,11 @@ def const(value: float) -> Expr:
     return ("const", float(value))
 
 
+def _tensor(value: Any) -> torch.Tensor:
+    """A number as float64, which rounds nothing and does not widen the tensors it meets."""
+    return value if isinstance(value, torch.Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
 def _c(value: float) -> Expr:
     return const(value)
 
@@ -62,51 +67,51 @@ OPS: dict[str, Op] = {
     "abs": Op(1, abs, "v_abs({0})", "tl.abs({0})", lambda a: (("sign", a),)),
     "sign": Op(
         1,
-        lambda a: torch.sign(torch.as_tensor(a)),
+        lambda a: torch.sign(_tensor(a)),
         "v_sign({0})",
         "tl.where({0} > 0, 1.0, tl.where({0} < 0, -1.0, 0.0))",
         lambda a: (ZERO,),
     ),
-    "exp": Op(1, lambda a: torch.exp(torch.as_tensor(a)), "v_exp({0})", "tl.exp({0})", lambda a: (("exp", a),)),
-    "log": Op(1, lambda a: torch.log(torch.as_tensor(a)), "v_log({0})", "tl.log({0})", lambda a: (("div", ONE, a),)),
+    "exp": Op(1, lambda a: torch.exp(_tensor(a)), "v_exp({0})", "tl.exp({0})", lambda a: (("exp", a),)),
+    "log": Op(1, lambda a: torch.log(_tensor(a)), "v_log({0})", "tl.log({0})", lambda a: (("div", ONE, a),)),
     "sqrt": Op(
         1,
-        lambda a: torch.sqrt(torch.as_tensor(a)),
+        lambda a: torch.sqrt(_tensor(a)),
         "v_sqrt({0})",
         "tl.sqrt({0})",
         lambda a: (("div", const(0.5), ("sqrt", a)),),
     ),
     "sigmoid": Op(
         1,
-        lambda a: torch.sigmoid(torch.as_tensor(a)),
+        lambda a: torch.sigmoid(_tensor(a)),
         "v_sigmoid({0})",
         "tl.sigmoid({0})",
         lambda a: (("mul", ("sigmoid", a), ("sub", ONE, ("sigmoid", a))),),
     ),
     "tanh": Op(
         1,
-        lambda a: torch.tanh(torch.as_tensor(a)),
+        lambda a: torch.tanh(_tensor(a)),
         "v_tanh({0})",
         "(2.0 * tl.sigmoid(2.0 * ({0})) - 1.0)",
         lambda a: (("sub", ONE, ("mul", ("tanh", a), ("tanh", a))),),
     ),
     "erf": Op(
         1,
-        lambda a: torch.erf(torch.as_tensor(a)),
+        lambda a: torch.erf(_tensor(a)),
         "v_erf({0})",
         "tl.erf({0})",
         lambda a: (("mul", const(2.0 / math.sqrt(math.pi)), ("exp", ("neg", ("mul", a, a)))),),
     ),
     "maximum": Op(  # NaN propagates, as in aten.clamp and aten.relu
         2,
-        lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b)),
+        lambda a, b: torch.maximum(_tensor(a), _tensor(b)),
         "v_maximum({0}, {1})",
         "tl.maximum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
         lambda a, b: (("ge", a, b), ("lt", a, b)),
     ),
     "minimum": Op(
         2,
-        lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b)),
+        lambda a, b: torch.minimum(_tensor(a), _tensor(b)),
         "v_minimum({0}, {1})",
         "tl.minimum({0}, {1}, propagate_nan=tl.PropagateNan.ALL)",
         lambda a, b: (("le", a, b), ("gt", a, b)),
