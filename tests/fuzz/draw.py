@@ -64,7 +64,7 @@ def draw(seed: int) -> Case:
         dynamic=rng.random() < 0.25,
         frozen=rng.choice(FROZEN),
         expanded=rng.random() < 0.25,
-        inner="aot_eager" if rng.random() < 0.15 else "eager",
+        inner="aot_eager" if rng.random() < 0.08 else "eager",
     )
 
 
@@ -73,7 +73,7 @@ def _recipe(rng: random.Random) -> Recipe:
     f = FORMS[form]
     layout = rng.choice(f.layouts)
     gated = LAYOUTS[layout].interleaved or rng.random() < 0.75
-    experts = rng.choice((1, 2, 3, 4, 4, 6)) if f.nonzero else rng.choice((1, 2, 3, 4, 5, 8, 8))
+    experts = rng.choice((1, 2, 3, 4, 4)) if f.nonzero else rng.choice((1, 2, 3, 4, 5, 8, 8))
     k = min(experts, rng.choice((1, 1, 2, 2, 2, 3, 4)))
     hidden, inner = rng.choice((8, 16, 24, 13)), rng.choice((8, 16, 24, 7))
     parts = _router(rng, experts, k)
