@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from moecompile.errors import Unsupported
+from moecompile.ir import expr as X
 from moecompile.ir.spec import ExpertsSpec, Groups, MoESpec, OutOfRange, RouterSpec, Weight, WeightOn
 from moecompile.recognize import dims as D
 from moecompile.recognize.roles import (
@@ -197,8 +198,6 @@ def _form(space: Any, parsed: _Experts) -> str:
 
 
 def _is_zero_at_zero(parsed: _Experts) -> bool:
-    from moecompile.ir import expr as X
-
     if parsed.down_bias is not None or any(b is not None for _, b, *_ in parsed.projections):
         return False
     assert parsed.activation is not None
@@ -382,8 +381,6 @@ class _Experts:
             return ("in", self.projections.index(projection))
         if e[0] == "const":
             return ("const", e[1])
-        from moecompile.ir import expr as X
-
         _need(e[0] in X.OPS, f"{_name(e)} between the experts' matmuls")
         return (e[0], *(self._activation(a) for a in e[1:]))
 

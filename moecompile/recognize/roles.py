@@ -253,6 +253,12 @@ class Mask(Role):
     routing: Routing
     expert: int
 
+    @property
+    def space(self) -> Space:
+        """The pairs of the mask's expert, in the order in which nonzero() lists them."""
+        how = "".join("".join(n for n, _ in d) or "1" for d in self.dims)
+        return Space("subset", self.routing.id, self.expert, how)
+
 
 @dataclass(frozen=True)
 class ExpertWeight(Role):

@@ -5,8 +5,9 @@
     honest    a role is bound to the version of its storage: a write through any alias ends the roles of all of them
     total     a node that cannot be run keeps Dynamo's example value without a role; nothing is raised
 
-One entry per ATen overload packet in RULES says how the op maps the roles of its arguments to roles of its results; an op
-without a rule gives none.  Roles are read before a write is counted, so an in-place op may carry its own role on.
+RULES says for each ATen overload packet how it maps the roles of its arguments to roles of its results: the first rule that has
+an answer counts, and each rule answers only for roles it is about.  An op without a rule gives none.  Roles are read before a
+write is counted, so an in-place op may carry its own role on.
 """
 
 from __future__ import annotations
@@ -48,14 +49,15 @@ from moecompile.recognize.roles import (
 
 aten = torch.ops.aten
 Rule = Callable[..., Any]  # (walker, result, *args of the op) -> role, list of roles, or None
-RULES: dict[object, Rule] = {}
+RULES: dict[object, list[Rule]] = {}
 
 
 def rule(*packets: object) -> Callable[[Rule], Rule]:
-    """Register a rule for overload packets."""
+    """Register a rule for overload packets, or for "namespace.name" of an op that another package may register."""
 
     def add(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(packets, function))
+        for packet in packets:
+            RULES.setdefault(packet, []).append(function)
         return function
 
     return add
@@ -286,11 +288,16 @@ class RoleMode(TorchDispatchMode):
         for t in outs:
             if isinstance(t, Tensor):
                 self.root.setdefault(self.key(t), t)
-        found = RULES[packet](self, out, *args, **kwargs) if packet in RULES else None
-        found = found if isinstance(found, list) else [found]
+        found: list[Role | None] = [None]
+        for function in RULES.get(packet) or RULES.get(str(packet)) or ():
+            said = function(self, out, *args, **kwargs)
+            found = said if isinstance(said, list) else [said]
+            if any(found):
+                break
         if not self.follow:  # integers carry no gradient: only they may cross a change of grad mode
-            if any(isinstance(role, Sum) for role in found) and self.current is not None:
-                self.losses.append(Loss(self.current, "the experts run under another grad mode than the rest; it", found[0]))
+            for role in found:
+                if isinstance(role, Sum) and self.current is not None:
+                    self.losses.append(Loss(self.current, "the experts run under another grad mode than the rest; it", role))
             found = [r if isinstance(t, Tensor) and not t.is_floating_point() else None for r, t in zip(found, outs, strict=False)]
         if not any(found) and self.current is not None:
             self._lost(packet, args)
@@ -358,10 +365,7 @@ def tensors(v: object) -> list[Tensor]:
 
 def walk(gm: fx.GraphModule, sizes: GenericSizes | None = None) -> Walk:
     """The roles of gm's values. Changes and guards nothing."""
-    from moecompile.recognize.rules import experts
-
     load_rules()
-    experts.refresh()
     mode = RoleMode(sizes or GenericSizes())
     result = Walk(gm, mode, list(gm.graph.nodes))
     runner = _Runner(result)

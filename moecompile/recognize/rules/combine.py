@@ -14,6 +14,7 @@ from moecompile.recognize.roles import (
     Counts,
     ExpertWeight,
     Full,
+    Mask,
     OneHot,
     Pairs,
     PairToken,
@@ -22,7 +23,6 @@ from moecompile.recognize.roles import (
     SumRows,
     Term,
 )
-from moecompile.recognize.rules import router
 from moecompile.recognize.rules.pointwise import weights_of
 from moecompile.recognize.walk import RoleMode, aten, rule
 
@@ -41,9 +41,7 @@ def _sum(c: RoleMode, out: Tensor, x: Tensor, dim: Any = None, keepdim: bool = F
         if last not in (-1, x.dim() - 1) or x.dim() != 2:
             return None
         return dataclasses.replace(role, dims=D.without(role.dims, [1], keepdim))
-    if not isinstance(role, Pairs):
-        return router.summed(c, out, x, dim, keepdim)
-    if dim is None or keepdim:
+    if not isinstance(role, Pairs) or dim is None or keepdim:
         return None
     at = [d % x.dim() for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
     rest = D.without(role.dims, at, False)
@@ -67,7 +65,8 @@ def complete(role: Pairs, rest: D.Dims, gone: list[D.Axis]) -> Sum | None:
     return Sum(rest, role.routing, (Term(-1, role.expr, role.space, k),))
 
 
-def weighted_sum(c: RoleMode, out: Tensor, a: Tensor, b: Tensor) -> Role | None:
+@rule(aten.bmm)
+def _weighted_sum(c: RoleMode, out: Tensor, a: Tensor, b: Tensor) -> Role | None:
     """bmm of weights [T,1,K] and rows [T,K,H], or of rows [T,H,K] and weights [T,K,1]."""
     for rows, other, slots, unit in ((b, a, 1, 1), (a, b, 2, 2)):
         role, found = c.get(rows), weights_of(c, other)
@@ -132,7 +131,8 @@ def _index_add(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, sou
     return _with_term(base, at, rows, x) if len(at.dims) == 1 else None
 
 
-def scattered(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, source: Tensor) -> Role | None:
+@rule(aten.scatter_add, aten.scatter_add_)
+def _scatter_add(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, source: Tensor) -> Role | None:
     """scatter_add(0, token[:, None].expand(-1, H), rows)."""
     base, at, rows = c.get(x), c.get(index), c.get(source)
     if not isinstance(at, PairToken) or not isinstance(rows, Pairs) or dim % x.dim() != 0 or x.dim() != 2:
@@ -141,17 +141,18 @@ def scattered(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, sour
     return _with_term(base, at, rows, x) if wide and tuple(index.shape) == tuple(source.shape) else None
 
 
-def put(c: RoleMode, out: Tensor, x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool) -> Role | None:
+@rule(aten.index_put, aten.index_put_)
+def _put(
+    c: RoleMode, out: Tensor, x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False
+) -> Role | None:
     """out[token] = out[token] + rows, or index_put(.., accumulate=True)."""
     if len(indices) != 1 or x.dim() != 2:
         return None
     at, new, base = c.get(indices[0]), c.get(values), c.get(x)
-    if isinstance(indices[0], Tensor) and type(at).__name__ == "Mask":
-        from moecompile.recognize.rules.order import subset_space
-
-        if len(at.dims) != 1:  # type: ignore[union-attr]
+    if isinstance(at, Mask):
+        if len(at.dims) != 1:
             return None
-        at = PairToken(((),), at.routing, subset_space(at), at.routing.top_k)  # type: ignore[union-attr, arg-type]
+        at = PairToken(((),), at.routing, at.space, at.routing.top_k)
     if not isinstance(at, PairToken) or len(at.dims) != 1:
         return None
     if accumulate:
@@ -171,21 +172,25 @@ def put(c: RoleMode, out: Tensor, x: Tensor, indices: list[Tensor | None], value
     return None
 
 
-def rows_of_sum(c: RoleMode, x: Tensor, role: Full | Sum, at: PairToken) -> Role | None:
-    """out[token]: about to have an expert's rows added."""
-    if isinstance(role, Full) and role.value != 0:
+@rule(aten.index)
+def _rows_of_sum(c: RoleMode, out: Tensor, x: Tensor, indices: list[Tensor | None]) -> Role | None:
+    """out[token], or out[mask]: about to have an expert's rows added."""
+    role, at = c.get(x), c.get(indices[0]) if len(indices) == 1 else None
+    if isinstance(at, Mask) and len(at.dims) == 1:
+        at = PairToken((D.dim(("s", out.shape[0])),), at.routing, at.space, at.routing.top_k)
+    if not isinstance(at, PairToken) or at.space.kind != "subset" or x.dim() != 2:
         return None
-    if isinstance(role, Sum) and role.routing is not at.routing:
-        return None
-    if x.dim() != 2:
+    running = isinstance(role, Sum) and role.routing is at.routing
+    if not running and not (isinstance(role, Full) and role.value == 0):
         return None
     dims = (at.dims[0], D.dim(("c", x.shape[1])))
     return SumRows(dims, role, c.key(x), c.version[c.key(x)], at.routing, at.space)
 
 
-def accumulated(c: RoleMode, out: Tensor, x: Any, y: Any) -> Role | None:
+@rule(aten.add, aten.add_)
+def _accumulated(c: RoleMode, out: Tensor, x: Any, y: Any, *, alpha: Any = 1) -> Role | None:
     """out[token] + rows."""
-    for one, other in ((x, y), (y, x)):
+    for one, other in ((x, y), (y, x)) if alpha == 1 else ():
         total, rows = c.get(one), c.get(other)
         if not isinstance(total, SumRows) or total.added is not None or not isinstance(rows, Pairs):
             continue

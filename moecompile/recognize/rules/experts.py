@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from moecompile.recognize import dims as D
@@ -31,7 +30,7 @@ from moecompile.recognize.roles import (
     Space,
     Sum,
 )
-from moecompile.recognize.rules.order import is_flat, subset_space
+from moecompile.recognize.rules.order import is_flat
 from moecompile.recognize.rules.pointwise import rows_of, weights_of
 from moecompile.recognize.walk import RoleMode, aten, rule
 
@@ -104,13 +103,10 @@ def gathered(c: RoleMode, out: Tensor, x: Tensor, at: Role | None) -> Role | Non
 
 
 def _rows(c: RoleMode, x: Tensor, at: PairToken) -> Role | None:
-    from moecompile.recognize.rules.combine import rows_of_sum
-
     role = c.get(x)
-    if isinstance(role, (Full, Sum)) and at.space.kind == "subset":
-        found = rows_of_sum(c, x, role, at)
-        if found is not None:
-            return found
+    running = isinstance(role, Sum) and role.routing is at.routing
+    if at.space.kind == "subset" and (running or (isinstance(role, Full) and role.value == 0)):
+        return None  # rows of the running sum: rules/combine.py
     if isinstance(role, ExpertWeight):  # summed over the slots, at the tokens where any slot chose the expert
         same = role.routing is at.routing and role.expert == at.space.expert and "k" not in D.names(role.dims)
         if not same or "k" in at.space.how or at.space.kind != "subset":
@@ -189,7 +185,7 @@ def _by_two(c: RoleMode, out: Tensor, x: Tensor, a: Role | None, b: Role | None)
 
 def _by_mask(c: RoleMode, out: Tensor, x: Tensor, mask: Mask) -> Role | None:
     """x[mask]: the rows, or the weights, of one expert's pairs."""
-    space = subset_space(mask)
+    space = mask.space
     s = D.dim(("s", out.shape[0]))
     routing = mask.routing
     if len(mask.dims) == 1 and D.names(mask.dims) <= {"t"}:
@@ -225,22 +221,14 @@ def _grouped_mm(
     return _grouped(c, out, a, b, offs) if bias is None else None
 
 
-def _register_fallback() -> None:
-    """transformers has an op of its own for what torch cannot capture; it exists once transformers is imported."""
-    packet = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
-    if packet is not None:
-        rule(packet)(lambda c, out, a, b, offs: _grouped(c, out, a, b, offs))
-
-
-def refresh() -> None:
-    """Called before each walk: rules for ops that other packages register."""
-    _register_fallback()
+@rule("transformers.grouped_mm_fallback")
+def _grouped_mm_fallback(c: RoleMode, out: Tensor, a: Tensor, b: Tensor, offs: Tensor) -> Role | None:
+    """transformers' own op for what torch cannot capture."""
+    return _grouped(c, out, a, b, offs)
 
 
 @rule(aten.bmm)
 def _bmm(c: RoleMode, out: Tensor, a: Tensor, b: Tensor) -> Role | None:
-    from moecompile.recognize.rules.combine import weighted_sum
-
     x, y = c.get(a), c.get(b)
     if isinstance(y, Gathered):
         return _gathered_product(c, out, a, x, y, transposed=False)
@@ -256,7 +244,7 @@ def _bmm(c: RoleMode, out: Tensor, a: Tensor, b: Tensor) -> Role | None:
             return None
         dims = (*x.dims[:2], D.dim(("c", out.shape[2])))
         return dataclasses.replace(x, dims=dims, expr=("mm", stack.transposed(), x.expr, 0))
-    return weighted_sum(c, out, a, b)
+    return None
 
 
 def _every_expert(c: RoleMode, a: Tensor) -> Pairs | None:

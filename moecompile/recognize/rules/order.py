@@ -63,11 +63,7 @@ def _floor_divide(c: RoleMode, out: Tensor, x: Tensor, y: Any, *, rounding_mode:
             role.routing.top_k = role.routing.top_k or int(k)
             return PairToken(role.dims, role.routing, Space("expert", role.order), int(k))
         return None
-    if isinstance(role, Perm):
-        return None
-    from moecompile.recognize.rules.router import divided
-
-    return divided(c, out, x, y, rounding_mode)
+    return None
 
 
 @rule(aten.histc)
@@ -91,14 +87,12 @@ def _bincount(c: RoleMode, out: Tensor, x: Tensor, weights: Any = None, minlengt
 @rule(aten.scatter_add, aten.scatter_add_)
 def _scatter_add(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, source: Tensor) -> Role | None:
     """zeros(E).scatter_add(0, ids, ones): counts."""
-    from moecompile.recognize.rules.combine import scattered
-
     base, ids, ones = c.get(x), c.get(index), c.get(source)
     if isinstance(ids, (SortedIds, Ids)) and x.dim() == 1 and isinstance(base, Full) and base.value == 0:
         if isinstance(ones, Full) and ones.value == 1 and not ids.clamped and source.shape == index.shape:
             return Counts((D.dim(("e", x.shape[0])),), ids.routing, x.shape[0])
         return None
-    return scattered(c, out, x, dim, index, source)
+    return None
 
 
 @rule(aten.cumsum)
@@ -114,28 +108,24 @@ def _index_put(
     c: RoleMode, out: Tensor, x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False
 ) -> Role | None:
     """blank[perm] = 0, 1, 2, ..: the inverse permutation."""
-    from moecompile.recognize.rules.combine import put
-
     base, perm = c.get(x), c.get(indices[0])
     if isinstance(perm, Perm) and len(indices) == 1 and isinstance(base, Full) and not accumulate:
         n = perm.dims[0][0][1] if perm.dims[0] else 1
         if is_iota(c.get(values), n) and x.shape == (n,):
             return Inverse(perm.dims, perm.routing, perm.order)
         return None
-    return put(c, out, x, indices, values, accumulate)
+    return None
 
 
 @rule(aten.scatter, aten.scatter_)
 def _scatter(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, source: Any, **kwargs: Any) -> Role | None:
-    from moecompile.recognize.rules.router import router_scatter
-
     base, perm = c.get(x), c.get(index)
     if isinstance(perm, Perm) and isinstance(base, Full) and isinstance(source, Tensor) and not kwargs:
         n = perm.dims[0][0][1] if perm.dims[0] else 1
         if is_iota(c.get(source), n) and x.shape == (n,):
             return Inverse(perm.dims, perm.routing, perm.order)
         return None
-    return None if kwargs else router_scatter(c, out, x, dim, index, source)
+    return None
 
 
 @rule(aten.index_copy, aten.index_copy_)
@@ -145,15 +135,13 @@ def _index_copy(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, so
 
 @rule(aten.clamp, aten.clamp_)
 def _clamp(c: RoleMode, out: Tensor, x: Tensor, min: Any = None, max: Any = None) -> Role | None:
-    from moecompile.recognize.rules.pointwise import clamped
-
     role = c.get(x)
     if isinstance(role, (SortedIds, Ids)):
         high = c.number(max)
         if high is None or c.number(0 if min is None else min) != 0 or role.clamped:
             return None
         return dataclasses.replace(role, clamped=int(high) + 1)
-    return clamped(c, out, x, min, max)
+    return None
 
 
 @rule(aten.ge)
@@ -202,12 +190,6 @@ def _nonzero(c: RoleMode, out: Tensor, x: Tensor) -> Role | None:
     return None
 
 
-def subset_space(mask: Mask) -> Space:
-    """The pairs of the mask's expert, in the order in which nonzero() lists them."""
-    how = "".join("".join(n for n, _ in d) or "1" for d in mask.dims)
-    return Space("subset", mask.routing.id, mask.expert, how)
-
-
 @rule(aten.any, aten.amax)
 def _any(c: RoleMode, out: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False) -> Role | None:
     role = c.get(x)
@@ -215,6 +197,4 @@ def _any(c: RoleMode, out: Tensor, x: Tensor, dim: Any = None, keepdim: bool = F
         at = [d % x.dim() for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
         if all(not role.dims[i] or {n for n, _ in role.dims[i]} == {"k"} for i in at):
             return Mask(D.without(role.dims, at, keepdim), role.routing, role.expert)
-    from moecompile.recognize.rules.router import group_max
-
-    return group_max(c, out, x, dim, keepdim) if dim is not None else None
+    return None

@@ -14,24 +14,18 @@ from moecompile.recognize.roles import (
     DENSE_SPACE,
     TOKEN_SPACE,
     Chosen,
-    ChosenSum,
     DenseWeights,
     ExpertWeight,
-    Full,
     Gathered,
-    GroupMask,
     Leaf,
     Mask,
     PairExpr,
     Pairs,
     Role,
-    Scores,
     Sentinel,
-    Sum,
-    SumRows,
     Weights,
 )
-from moecompile.recognize.rules import router
+from moecompile.recognize.rules.views import features
 from moecompile.recognize.walk import RoleMode, aten, rule
 
 
@@ -154,13 +148,7 @@ def rows_of(leaf: Leaf, broadcast: str = "b") -> tuple[PairExpr, D.Dims] | None:
 def _mul(c: RoleMode, out: Tensor, x: Any, y: Any) -> Role | None:
     if not out.is_floating_point():
         return None
-    return (
-        router.scaled(c, x, y)
-        or router.scaled(c, y, x)
-        or _of_expert(c, x, y)
-        or _of_expert(c, y, x)
-        or arithmetic(c, out, "mul", x, y)
-    )
+    return _of_expert(c, x, y) or _of_expert(c, y, x) or arithmetic(c, out, "mul", x, y)
 
 
 def _of_expert(c: RoleMode, weights: Any, mask: Any) -> Role | None:
@@ -178,13 +166,12 @@ def _of_expert(c: RoleMode, weights: Any, mask: Any) -> Role | None:
 
 @rule(aten.add, aten.add_)
 def _add(c: RoleMode, out: Tensor, x: Any, y: Any, *, alpha: Any = 1) -> Role | None:
-    from moecompile.recognize.rules.combine import accumulated
+    return arithmetic(c, out, "add", x, y) if alpha == 1 and out.is_floating_point() else None
 
-    if alpha != 1 or not out.is_floating_point():
-        return None
-    if isinstance(c.get(x), SumRows) or isinstance(c.get(y), SumRows) or isinstance(c.get(x), Sum) or isinstance(c.get(y), Sum):
-        return accumulated(c, out, x, y)
-    return router.added(c, out, x, y) or arithmetic(c, out, "add", x, y)
+
+@rule(aten.div, aten.div_)
+def _div(c: RoleMode, out: Tensor, x: Any, y: Any, *, rounding_mode: str | None = None) -> Role | None:
+    return arithmetic(c, out, "div", x, y) if rounding_mode is None and out.is_floating_point() else None
 
 
 @rule(aten.sub, aten.sub_)
@@ -212,13 +199,12 @@ def mapped(c: RoleMode, x: object, f: Callable[[PairExpr], PairExpr]) -> Role | 
     return dataclasses.replace(role, expr=f(role.expr)) if isinstance(role, Pairs) else None
 
 
-def clamped(c: RoleMode, out: Tensor, x: Tensor, low: Any, high: Any) -> Role | None:
+@rule(aten.clamp, aten.clamp_)
+def _clamp(c: RoleMode, out: Tensor, x: Tensor, low: Any = None, high: Any = None) -> Role | None:
     role = c.get(x)
     numbers = [None if v is None else c.number(v) for v in (low, high)]
     if any(n is None and v is not None for n, v in zip(numbers, (low, high), strict=True)):
         return None
-    if isinstance(role, ChosenSum):
-        return router.at_least(role, numbers[0]) if numbers[0] is not None and high is None else None
     if not isinstance(role, Pairs):
         return None
     e = role.expr
@@ -231,22 +217,22 @@ def clamped(c: RoleMode, out: Tensor, x: Tensor, low: Any, high: Any) -> Role | 
 
 @rule(aten.clamp_min, aten.clamp_min_)
 def _clamp_min(c: RoleMode, out: Tensor, x: Tensor, low: Any) -> Role | None:
-    return clamped(c, out, x, low, None)
+    return _clamp(c, out, x, low, None)  # type: ignore[no-any-return]
 
 
 @rule(aten.clamp_max, aten.clamp_max_)
 def _clamp_max(c: RoleMode, out: Tensor, x: Tensor, high: Any) -> Role | None:
-    return clamped(c, out, x, None, high)
+    return _clamp(c, out, x, None, high)  # type: ignore[no-any-return]
 
 
 @rule(aten.sigmoid, aten.sigmoid_)
 def _sigmoid(c: RoleMode, out: Tensor, x: Tensor) -> Role | None:
-    return mapped(c, x, lambda a: ("sigmoid", a)) or router.on_router(c, "sigmoid", x)
+    return mapped(c, x, lambda a: ("sigmoid", a))
 
 
 @rule(aten.sqrt)
 def _sqrt(c: RoleMode, out: Tensor, x: Tensor) -> Role | None:
-    return mapped(c, x, lambda a: ("sqrt", a)) or router.on_router(c, "sqrt", x)
+    return mapped(c, x, lambda a: ("sqrt", a))
 
 
 def _unary(name: str, f: Callable[[PairExpr], PairExpr], *packets: object) -> None:
@@ -269,8 +255,6 @@ def _gelu(c: RoleMode, out: Tensor, x: Tensor, *, approximate: str = "none") -> 
 
 @rule(aten.glu)
 def _glu(c: RoleMode, out: Tensor, x: Tensor, dim: int = -1) -> Role | None:
-    from moecompile.recognize.rules.views import features
-
     role, dim = c.get(x), dim % x.dim()
     if not isinstance(role, Pairs):
         return None
@@ -300,8 +284,6 @@ def _masked_fill(c: RoleMode, out: Tensor, x: Tensor, mask: Tensor, value: Any) 
     if fill is None:
         return None
     role = c.get(x)
-    if isinstance(m, GroupMask):
-        return router.masked(c, role, m, fill) if isinstance(role, Scores) else None
     if isinstance(m, Sentinel) and fill == 0:
         if isinstance(role, Pairs):
             same = role.routing is m.routing and role.space.order == (m.order or 0)
@@ -312,15 +294,4 @@ def _masked_fill(c: RoleMode, out: Tensor, x: Tensor, mask: Tensor, value: Any) 
             return None
         if found[0].routing is None or (found[0].routing is m.routing and found[1] == m.dims):
             return Pairs(m.dims, ("sentinel", m.bound, ("weight", found[0])), m.routing, TOKEN_SPACE, m.routing.top_k)
-    return None
-
-
-@rule(aten.where)
-def _where(c: RoleMode, out: Tensor, mask: Tensor, x: Any = None, y: Any = None) -> Role | None:
-    m = c.get(mask)
-    if isinstance(m, GroupMask) and isinstance(c.get(x), Scores):
-        fill = c.get(y)
-        number = fill.value if isinstance(fill, Full) else c.number(y)
-        if number is not None:
-            return router.masked(c, c.get(x), dataclasses.replace(m, inverted=not m.inverted), number)  # type: ignore[arg-type]
     return None

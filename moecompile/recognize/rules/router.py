@@ -88,21 +88,23 @@ def _softmax(c: RoleMode, out: Tensor, x: Tensor, dim: int, *_: Any) -> Role | N
     return dataclasses.replace(scores, tree=("softmax", scores.tree))
 
 
-def on_router(c: RoleMode, name: str, x: Tensor) -> Role | None:
-    """sigmoid, softplus or sqrt of scores or of chosen weights."""
-    role = c.get(x)
-    if name == "softplus" and (role is None or isinstance(role, (Leaf, Scores))):
-        return _on_scores(c, x, name)
-    if name == "sqrt" and isinstance(role, Scores) and role.tree[0] == "softplus":
-        return _on_scores(c, x, name)
-    if name == "sigmoid" and (role is None or isinstance(role, (Leaf, Scores, Chosen, DenseWeights))):
-        return _on_scores(c, x, name)
-    return None
-
-
 @rule(aten.softplus)
 def _softplus(c: RoleMode, out: Tensor, x: Tensor, beta: Any = 1, threshold: Any = 20) -> Role | None:
-    return on_router(c, "softplus", x) if (c.number(beta), c.number(threshold)) == (1, 20) else None
+    asked = (c.number(beta), c.number(threshold)) == (1, 20) and isinstance(c.get(x), (Leaf, Scores, type(None)))
+    return _on_scores(c, x, "softplus") if asked else None
+
+
+@rule(aten.sqrt)
+def _sqrt(c: RoleMode, out: Tensor, x: Tensor) -> Role | None:
+    role = c.get(x)
+    return _on_scores(c, x, "sqrt") if isinstance(role, Scores) and role.tree[0] == "softplus" else None
+
+
+@rule(aten.sigmoid, aten.sigmoid_)
+def _sigmoid(c: RoleMode, out: Tensor, x: Tensor) -> Role | None:
+    role = c.get(x)
+    asked = role is None or isinstance(role, (Leaf, Scores, Chosen, DenseWeights))
+    return _on_scores(c, x, "sigmoid") if asked else None
 
 
 # ---------------------------------------------------------------- the choice
@@ -136,7 +138,7 @@ def _max(c: RoleMode, out: Any, x: Tensor, dim: Any = None, keepdim: bool = Fals
     if dim is None or isinstance(dim, Tensor):
         return None
     role = c.get(x)
-    best = group_max(c, out, x, dim, keepdim)
+    best = _group_max(c, out, x, dim, keepdim)
     if best is not None:
         return [best, None]
     scores = as_scores(c, x) if isinstance(role, Scores) else None
@@ -146,7 +148,8 @@ def _max(c: RoleMode, out: Any, x: Tensor, dim: Any = None, keepdim: bool = Fals
     return found[1] if isinstance(out, Tensor) else found
 
 
-def group_max(c: RoleMode, out: Any, x: Tensor, dim: Any, keepdim: bool) -> Role | None:
+@rule(aten.amax)
+def _group_max(c: RoleMode, out: Any, x: Tensor, dim: Any = None, keepdim: bool = False) -> Role | None:
     role = c.get(x)
     if isinstance(role, Scores) and D.names(role.dims[-1:]) == {"m"} and is_last(role, dim, {"m"}) and not keepdim:
         return GroupScore(role.dims[:-1], role.tree, D.size_of(role.dims, "g"), "max")
@@ -182,10 +185,11 @@ def _not(c: RoleMode, out: Tensor, x: Tensor) -> Role | None:
     return dataclasses.replace(role, inverted=not role.inverted) if isinstance(role, GroupMask) else None
 
 
-def router_scatter(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, source: Any) -> Role | None:
+@rule(aten.scatter, aten.scatter_)
+def _scatter(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, source: Any, **kwargs: Any) -> Role | None:
     """zeros.scatter(1, groups, 1): which groups were chosen; full(v).scatter(1, ids, weights): dense weights."""
     base, at = c.get(x), c.get(index)
-    if not isinstance(base, Full) or base.value is None or dim % x.dim() != x.dim() - 1:
+    if kwargs or not isinstance(base, Full) or base.value is None or dim % x.dim() != x.dim() - 1:
         return None
     if isinstance(at, GroupIds):
         ones = c.get(source) if isinstance(source, Tensor) else None
@@ -202,7 +206,24 @@ def router_scatter(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor,
     return None
 
 
-def masked(c: RoleMode, scores: Scores, mask: GroupMask, fill: float) -> Role | None:
+@rule(aten.masked_fill, aten.masked_fill_)
+def _masked_fill(c: RoleMode, out: Tensor, x: Tensor, mask: Tensor, value: Any) -> Role | None:
+    scores, m, fill = c.get(x), c.get(mask), c.number(value)
+    if isinstance(scores, Scores) and isinstance(m, GroupMask) and fill is not None:
+        return _masked(scores, m, fill)
+    return None
+
+
+@rule(aten.where)
+def _where(c: RoleMode, out: Tensor, mask: Tensor, x: Any = None, y: Any = None) -> Role | None:
+    scores, m, other = c.get(x), c.get(mask), c.get(y)
+    fill = other.value if isinstance(other, Full) else c.number(y)
+    if isinstance(scores, Scores) and isinstance(m, GroupMask) and fill is not None:
+        return _masked(scores, dataclasses.replace(m, inverted=not m.inverted), fill)
+    return None
+
+
+def _masked(scores: Scores, mask: GroupMask, fill: float) -> Role | None:
     """scores.masked_fill(mask, fill): only the chosen groups' scores are left."""
     score = mask.ids.score
     if not mask.inverted or score.tree != scores.tree or fill not in (0.0, -math.inf):
@@ -233,27 +254,33 @@ def _nonnegative(tree: Tree, choice: Tree | None) -> bool:
     return tree[0] == "choice" and choice is not None and _nonnegative(choice, None)
 
 
-def summed(c: RoleMode, out: Tensor, x: Tensor, dim: Any, keepdim: bool) -> Role | None:
+@rule(aten.sum)
+def _sum(c: RoleMode, out: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Role | None:
     role = c.get(x)
     if isinstance(role, GroupBest) and is_last(role, dim, {"b"}) and not keepdim:
         return GroupScore(role.dims[:-1], role.tree, role.groups, "top2")
-    if isinstance(role, Chosen) and is_last(role, dim, {"k"}):
-        if D.size_of(role.dims, "k") != role.routing.top_k:
-            return None
-        return ChosenSum(D.without(role.dims, [len(role.dims) - 1], keepdim), role.tree, role.routing)
-    return None
+    return _summed(role, dim, keepdim) if isinstance(role, Chosen) else None
+
+
+def _summed(role: Chosen, dim: Any, keepdim: bool) -> Role | None:
+    if not is_last(role, dim, {"k"}) or D.size_of(role.dims, "k") != role.routing.top_k:
+        return None
+    return ChosenSum(D.without(role.dims, [len(role.dims) - 1], keepdim), role.tree, role.routing)
 
 
 @rule(aten.linalg_vector_norm)
 def _norm(c: RoleMode, out: Tensor, x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, **_: Any) -> Role | None:
     role = c.get(x)
     if ord == 1 and dim is not None and isinstance(role, Chosen) and _nonnegative(role.tree, role.routing.choice):
-        return summed(c, out, x, dim, keepdim)
+        return _summed(role, dim, keepdim)
     return None
 
 
-def added(c: RoleMode, out: Tensor, x: Tensor, y: Any) -> Role | None:
+@rule(aten.add, aten.add_)
+def _add(c: RoleMode, out: Tensor, x: Tensor, y: Any, *, alpha: Any = 1) -> Role | None:
     """scores + bias, or sum + eps."""
+    if alpha != 1 or not isinstance(x, Tensor) or not out.is_floating_point():
+        return None
     a = c.get(x)
     number = c.number(y)
     if isinstance(a, ChosenSum) and number is not None and not a.eps and not a.least:
@@ -277,13 +304,16 @@ def added(c: RoleMode, out: Tensor, x: Tensor, y: Any) -> Role | None:
     return None
 
 
-def at_least(role: ChosenSum, least: float) -> Role | None:
-    return dataclasses.replace(role, least=least) if least > 0 and not role.least else None
+@rule(aten.clamp, aten.clamp_, aten.clamp_min, aten.clamp_min_)
+def _at_least(c: RoleMode, out: Tensor, x: Tensor, min: Any = None, max: Any = None) -> Role | None:
+    role, least = c.get(x), c.number(min)
+    if isinstance(role, ChosenSum) and max is None and least is not None and least > 0 and not role.least:
+        return dataclasses.replace(role, least=least)
+    return None
 
 
-def divided(c: RoleMode, out: Tensor, x: Tensor, y: Any, rounding_mode: str | None) -> Role | None:
-    from moecompile.recognize.rules.pointwise import arithmetic
-
+@rule(aten.div, aten.div_)
+def _div(c: RoleMode, out: Tensor, x: Tensor, y: Any, *, rounding_mode: str | None = None) -> Role | None:
     a, b, number = c.get(x), c.get(y), c.number(y)
     if rounding_mode is not None or not out.is_floating_point():
         return None
@@ -291,13 +321,15 @@ def divided(c: RoleMode, out: Tensor, x: Tensor, y: Any, rounding_mode: str | No
         if a.routing is b.routing and a.tree == b.of and D.align(a.dims, b.dims) == a.dims:
             return dataclasses.replace(a, tree=("normalise", a.tree, b.eps, b.least), base=None)
         return None
-    if isinstance(a, Chosen) and number:
-        return dataclasses.replace(a, tree=("scale", a.tree, 1.0 / number), base=None) if math.frexp(number)[0] == 0.5 else None
-    return arithmetic(c, out, "div", x, y)
+    if isinstance(a, Chosen) and number and math.frexp(number)[0] == 0.5:  # by a power of two: times its inverse, exactly
+        return dataclasses.replace(a, tree=("scale", a.tree, 1.0 / number), base=None)
+    return None
 
 
-def scaled(c: RoleMode, x: Tensor, y: Any) -> Role | None:
-    a, number = c.get(x), c.number(y)
-    if isinstance(a, Chosen) and number is not None:
-        return dataclasses.replace(a, tree=("scale", a.tree, number), base=None)
+@rule(aten.mul, aten.mul_)
+def _mul(c: RoleMode, out: Tensor, x: Any, y: Any) -> Role | None:
+    for one, other in ((x, y), (y, x)):
+        role, number = c.get(one), c.number(other)
+        if isinstance(role, Chosen) and number is not None:
+            return dataclasses.replace(role, tree=("scale", role.tree, number), base=None)
     return None

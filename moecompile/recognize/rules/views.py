@@ -239,12 +239,10 @@ def part(role: Pairs, dim: int, i: int) -> Pairs | None:
 
 def coordinate(c: RoleMode, role: Nonzero, i: int) -> Role | None:
     """Column i of a nonzero: the token, or the slot, of each of an expert's pairs."""
-    from moecompile.recognize.rules.order import subset_space
-
     mask = role.mask
     names = [d[0][0] if len(d) == 1 else "" for d in mask.dims]
     name = names[i] if i < len(names) else ""
-    space = subset_space(mask)
+    space = mask.space
     dims = (D.dim(("s", role.dims[0][0][1] if role.dims[0] else 1)),)
     if name == "t" or (not mask.dims[i] and i == _missing(mask, "t")):
         return PairToken(dims, mask.routing, space, mask.routing.top_k)
