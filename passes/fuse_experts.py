@@ -110,7 +110,7 @@ class _Replacement:
     def check_observed(self, nodes: set[fx.Node]) -> None:
         """No rows of the experts may be read outside: to still produce them, the original would have to run as well."""
         inside = surgery.with_size_queries(nodes, self.walk.nodes)
-        for n in nodes:
+        for n in inside:
             v = self.walk.values.get(n)
             for t in v if isinstance(v, (tuple, list)) else (v,):
                 heavy = id(t) in self.walk.heavy or t is self.end.tensor

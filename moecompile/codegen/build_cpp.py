@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from moecompile import config
 from moecompile.errors import BuildError
 from moecompile.ir.ops import ABI
 
@@ -150,10 +151,9 @@ def _open(library: Path) -> ctypes.CDLL:
 
 
 def cache_folder() -> Path:
-    """$MOECOMPILE_CACHE_DIR/cpu or ~/.cache/moecompile/cpu, or a private temporary folder where that one is not ours."""
-    given = os.environ.get("MOECOMPILE_CACHE_DIR")
+    """cpu/ in the user's cache folder (config.cache_dir), or a private temporary folder where that one is not ours."""
     try:
-        folder = (Path(given) if given else Path.home() / ".cache" / "moecompile") / "cpu"
+        folder = config.cache_dir() / "cpu"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.lstat()
     except (OSError, RuntimeError) as e:

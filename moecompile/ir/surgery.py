@@ -58,12 +58,13 @@ def slice_of(end: fx.Node, inputs: set[fx.Node], writers: Callable[[fx.Node], It
 
 
 def with_size_queries(nodes: set[fx.Node], order: Iterable[fx.Node]) -> set[fx.Node]:
-    """`nodes` and those that only ask for, compute with or assert their sizes."""
+    """`nodes` and those that only take them apart, ask for, compute with or assert their sizes."""
     found = set(nodes)
     for n in order:
         value = n.meta.get("example_value", n.meta.get("val"))
         scalar = value is None or isinstance(value, (torch.SymInt, torch.SymBool, int, bool))
-        if n not in found and n.op in ("call_function", "call_method") and scalar and name_of(n) in _SIZE_QUERIES:
+        asks = n.target is operator.getitem or (scalar and name_of(n) in _SIZE_QUERIES)
+        if n not in found and n.op in ("call_function", "call_method") and asks:
             reads = n.all_input_nodes
             if reads and all(m in found for m in reads):
                 found.add(n)

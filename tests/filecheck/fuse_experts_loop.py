@@ -31,6 +31,7 @@ def example():
 # CHECK-LABEL: // after fuse-experts
 # CHECK-NEXT:  // fused
 # CHECK-NOT:   torch.nn.functional.relu
+# CHECK-NOT:   torch.where
 # CHECK-NOT:   .index_add_
 # CHECK:       %[[Y:[a-z0-9_]+]]: f32[8, 16] = moe.experts(%[[X:[a-z0-9_]+]], %[[W:[a-z0-9_]+]], %[[I:[a-z0-9_]+]], [{{.*}}])
 # CHECK-NEXT:  // E=4 K=2 H=16 F=24 O=16, f32 -> f32, {{.*}}, weight on output, ids outside 0..E-1: skip

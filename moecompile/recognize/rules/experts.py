@@ -32,6 +32,7 @@ from moecompile.recognize.roles import (
 )
 from moecompile.recognize.rules.order import is_flat
 from moecompile.recognize.rules.pointwise import rows_of, weights_of
+from moecompile.recognize.rules.views import as_ids
 from moecompile.recognize.walk import RoleMode, aten, rule
 
 GATHERED = -1  # fourth part of ("mm", ..): the matrix was indexed by unclamped ids; > 0: by ids clamped below this; 0: otherwise
@@ -57,6 +58,8 @@ def _index(c: RoleMode, out: Tensor, x: Tensor, indices: list[Tensor | None]) ->
     if len([i for i in indices if i is not None]) != 1:
         return None
     at = c.get(indices[0])
+    if at is None and x.dim() == 3 and x.is_floating_point() and indices[0].dim() == 2:
+        at = as_ids(c, indices[0])  # ids from a table, say
     if isinstance(at, Mask):
         return _by_mask(c, out, x, at)
     return gathered(c, out, x, at)
