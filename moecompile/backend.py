@@ -83,6 +83,8 @@ def rewrite(gm: fx.GraphModule, settings: Settings) -> fx.GraphModule | None:
             raise
         report.internal_failure("rewriting", error, settings)
         return None
+    for e in context.entries:
+        e.op = None  # the report outlives the graph
     report.add(gm, candidate, context.entries)
     declined = [e for e in context.entries if e.status == "declined"]
     if declined and settings.fallback == "error":

@@ -139,7 +139,8 @@ def _source_line(stack_trace: str) -> str:
 
 
 def _plain(e: Entry) -> dict[str, Any]:
-    d = dataclasses.asdict(dataclasses.replace(e, spec=None, router=None))
+    d = dataclasses.asdict(dataclasses.replace(e, spec=None, router=None, op=None))
+    del d["op"]
     d["spec"] = json.loads(e.spec.text()) if e.spec else None
     d["router"] = json.loads(e.router.text()) if e.router else None
     d["source"] = _source_line(e.stack_trace)

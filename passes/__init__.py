@@ -40,6 +40,7 @@ class Entry:
     stack_trace: str = ""
     region: str = ""
     kernel: str = ""  # what runs it
+    op: fx.Node | None = None  # the moe.experts node: names are unique only within a graph, and child graphs have their own
 
 
 @dataclass

@@ -187,7 +187,7 @@ class _Replacement:
             for user in list(holder.users):
                 if self.step(user) > self.end.step and user is not new:
                     user.replace_input_with(holder, new)
-        self.entry.node, self.entry.region = new.name, region
+        self.entry.node, self.entry.op, self.entry.region = new.name, new, region
         self.entry.kernel = self.context.kernel(self.end.tensor.device)
 
     def unshared(self, ref: Ref) -> fx.Node:

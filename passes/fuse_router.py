@@ -41,9 +41,9 @@ def _experts(gm: fx.GraphModule) -> list[fx.Node]:
 def _fuse(gm: fx.GraphModule, found: Walk, context: Context) -> None:
     for _, name, child in found.children:
         _fuse(gm.get_submodule(name), child, context)  # type: ignore[arg-type]
-    entries = {e.node: e for e in context.entries}
+    entries = {e.op: e for e in context.entries if e.op is not None}
     for n in [m for m in found.nodes if m.target is torch.ops.moe.experts.default]:
-        entry = entries.get(n.name) or Entry("fused", n.name)
+        entry = entries.get(n) or Entry("fused", n.name)
         try:
             entry.router = _replace(gm, found, n, context)
             entry.router_reason = ""
