@@ -62,7 +62,8 @@ def with_size_queries(nodes: set[fx.Node], order: Iterable[fx.Node]) -> set[fx.N
     found = set(nodes)
     for n in order:
         value = n.meta.get("example_value", n.meta.get("val"))
-        scalar = value is None or isinstance(value, (torch.SymInt, torch.SymBool, int, bool))
+        parts = value if isinstance(value, tuple) else (value,)
+        scalar = all(v is None or isinstance(v, (torch.SymInt, torch.SymBool, int, bool)) for v in parts)
         asks = n.target is operator.getitem or (scalar and name_of(n) in _SIZE_QUERIES)
         if n not in found and n.op in ("call_function", "call_method") and asks:
             reads = n.all_input_nodes

