@@ -367,7 +367,7 @@ class WeightsWrittenAfterTheyWereRead(Grouped):
 @lookalike("any")
 class SumWrittenThroughAnAlias(Loop):
     def experts(self, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
-        out = torch.zeros(x.shape[0] + 1, H)
+        out = torch.zeros(x.shape[0] + 1, H, dtype=x.dtype)
         head = out[:-1]
         for e in range(self.E):
             token, slot = torch.where(ids == e)
