@@ -203,6 +203,9 @@ def _scatter(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, sourc
         if isinstance(weights, Chosen) and weights.routing is at.routing and weights.dims == at.dims and x.shape[-1] == classes:
             dims = (*at.dims[:-1], D.dim(("e", classes)))
             return DenseWeights(dims, weights.tree, at.routing, base.value)
+        given = c.leaf(source) if not isinstance(weights, Chosen) and base.value == 0 else None
+        if given is not None and tuple(source.shape) == D.sizes(at.dims) and classes in (0, x.shape[-1]) and x.dim() == 2:
+            return DenseWeights((*at.dims[:-1], D.dim(("e", x.shape[-1]))), None, at.routing, 0.0)
     return None
 
 
