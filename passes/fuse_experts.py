@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from typing import Any
 
 import torch
 from torch import fx
@@ -115,7 +114,7 @@ class _Replacement:
             for t in v if isinstance(v, (tuple, list)) else (v,):
                 heavy = id(t) in self.walk.heavy or t is self.end.tensor
                 replaced = t is self.end.tensor
-                outside = [u for u in n.users if u not in inside and not (replaced and self.step(u) > self.end.step)]
+                outside = [u for u in n.users if u not in inside and not (replaced and self.walk.when(u) > self.end.step)]
                 if heavy and outside:
                     raise Unsupported(f"{n.name}, a value inside the layer, is used by {outside[0].name} too")
 
@@ -130,15 +129,12 @@ class _Replacement:
         for n in self.walk.on_storage.get(key, ()):
             if self.walk.values[n] is not self.end.tensor:
                 made_before = self.walk.step[n] <= self.end.step
-                if made_before and (n.op == "placeholder" or any(self.step(u) > self.end.step for u in n.users)):
+                if made_before and (n.op == "placeholder" or any(self.walk.when(u) > self.end.step for u in n.users)):
                     raise Unsupported(f"{n.name}, a view of the layer's output made before it was complete, is used later")
 
     def node(self, ref: Ref) -> fx.Node:
         """The node that holds a live-in now: it may have been another layer's output."""
         return self.walk.replaced.get(ref.node, ref.node)
-
-    def step(self, n: fx.Node) -> int:
-        return self.walk.step.get(n, 1 << 60)
 
     # ------------------------------------------------------------ the original, kept
 
@@ -160,7 +156,7 @@ class _Replacement:
         return name
 
     def is_size(self, n: fx.Node) -> bool:
-        return isinstance(n.meta.get("example_value", n.meta.get("val")), torch.SymInt)
+        return isinstance(surgery.value_of(n), torch.SymInt)
 
     # ------------------------------------------------------------ the new node
 
@@ -177,15 +173,13 @@ class _Replacement:
                 torch.ops.moe.experts.default,
                 (x, w, ids, params, self.sizes, self.spec.text(), region),
             )
-        key = "val" if "val" in like.meta and "example_value" not in like.meta else "example_value"
         new.meta.update(like.meta)
-        new.meta[key] = like.meta.get(key)
         if "stack_trace" in self.end.node.meta:
             new.meta["stack_trace"] = self.end.node.meta["stack_trace"]
         for holder in self.walk.holders[id(self.end.tensor)]:
             self.walk.replaced[holder] = new
             for user in list(holder.users):
-                if self.step(user) > self.end.step and user is not new:
+                if self.walk.when(user) > self.end.step and user is not new:
                     user.replace_input_with(holder, new)
         self.entry.node, self.entry.op, self.entry.region = new.name, new, region
         self.entry.kernel = self.context.kernel(self.end.tensor.device)
@@ -198,7 +192,7 @@ class _Replacement:
 
     def flat(self, n: fx.Node, cast: torch.dtype | None, last: int = 0) -> fx.Node:
         """n as [rows, last dimension], cast."""
-        value = self.example(n)
+        value = surgery.value_of(n)
         if cast is not None and value.dtype != cast:
             n = surgery.call(self.graph, "to", (n, cast), self.end.node)
         if value.dim() == 2 and last in (0, int(value.shape[-1])):
@@ -214,13 +208,10 @@ class _Replacement:
         n = self.unshared(weights)
         if self.layer.weights.dense:
             return surgery.call(self.graph, "gather", (self.flat(n, None), 1, ids), self.end.node)
-        value, k = self.example(n), self.spec.top_k
+        value, k = surgery.value_of(n), self.spec.top_k
         if value.dim() >= 2 and isinstance(value.shape[-1], int) and value.shape[-1] == k:
             return self.flat(n, None, k)
         return surgery.call(self.graph, "reshape", (n, -1, k), self.end.node)
 
     def param(self, ref: Ref, cast: torch.dtype | None) -> fx.Node:
         return self.node(ref) if cast is None else surgery.call(self.graph, "to", (self.node(ref), cast), self.end.node)
-
-    def example(self, n: fx.Node) -> Any:
-        return n.meta.get("example_value", n.meta.get("val"))

@@ -111,11 +111,8 @@ class _Rewrite:
                 continue
             for m in (h for t in results if t is not ids for h in self.walk.holders.get(id(t), [])):
                 replaced = self.walk.values.get(m) is self.weights
-                outside = [u for u in m.users if u not in nodes and not (replaced and self.step(u) > at)]
+                outside = [u for u in m.users if u not in nodes and not (replaced and self.walk.when(u) > at)]
                 _need(not outside, f"{m.name}, a value inside the router, is used elsewhere too")
-
-    def step(self, n: fx.Node) -> int:
-        return self.walk.step.get(n, 1 << 60)
 
     def insert(self, reads: list[Ref], at: int) -> None:
         router, graph = self.router, self.gm.graph
@@ -128,5 +125,5 @@ class _Rewrite:
         for tensor, new, since in ((self.weights, weights, at), (self.ids, ids, -1)):
             for holder in self.walk.holders[id(tensor)]:
                 for user in list(holder.users):
-                    if self.step(user) > since:
+                    if self.walk.when(user) > since:
                         user.replace_input_with(holder, new)

@@ -38,6 +38,16 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
     return copied
 
 
+def key_of(n: fx.Node) -> str:
+    """Where the node's value is told: by Dynamo as "example_value", by torch.export as "val"."""
+    return "val" if "val" in n.meta and "example_value" not in n.meta else "example_value"
+
+
+def value_of(n: fx.Node) -> Any:
+    """What Dynamo (or torch.export) says the node's value is: fake tensors and symbolic scalars, or None."""
+    return n.meta.get(key_of(n))
+
+
 def name_of(n: fx.Node) -> str:
     """The name of what a node calls, without the overload."""
     return n.target if isinstance(n.target, str) else str(getattr(n.target, "__name__", n.target)).partition(".")[0]
@@ -61,7 +71,7 @@ def with_size_queries(nodes: set[fx.Node], order: Iterable[fx.Node]) -> set[fx.N
     """`nodes` and those that only take them apart, ask for, compute with or assert their sizes."""
     found = set(nodes)
     for n in order:
-        value = n.meta.get("example_value", n.meta.get("val"))
+        value = value_of(n)
         parts = value if isinstance(value, tuple) else (value,)
         scalar = all(v is None or isinstance(v, (torch.SymInt, torch.SymBool, int, bool)) for v in parts)
         asks = n.target is operator.getitem or (scalar and name_of(n) in _SIZE_QUERIES)
@@ -119,17 +129,12 @@ def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> 
 
     `target` is a function, or a method name. New nodes must not put guards on sizes: pass none that compares sizes.
     """
-
-    def value(n: fx.Node) -> Any:
-        return n.meta.get("example_value", n.meta.get("val"))
-
-    key = "val" if "val" in like.meta and "example_value" not in like.meta else "example_value"
-    given = fx.map_arg(args, value)
+    given = fx.map_arg(args, value_of)
     mode = next(t.fake_mode for t in torch.utils._pytree.tree_leaves(given) if isinstance(t, Tensor) and hasattr(t, "fake_mode"))
     with mode, torch.no_grad():
         out = getattr(given[0], target)(*given[1:]) if isinstance(target, str) else target(*given)
     node = graph.call_method(target, args) if isinstance(target, str) else graph.call_function(target, args)
-    node.meta[key] = out
+    node.meta[key_of(like)] = out
     if "stack_trace" in like.meta:
         node.meta["stack_trace"] = like.meta["stack_trace"]
     return node
@@ -137,9 +142,8 @@ def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> 
 
 def call_getitem(graph: fx.Graph, of: fx.Node, position: int, like: fx.Node) -> fx.Node:
     """of[position], for a node that returns several tensors."""
-    key = "example_value" if "example_value" in of.meta else "val"
     node = graph.call_function(operator.getitem, (of, position))
-    node.meta[key] = of.meta[key][position]
+    node.meta[key_of(of)] = value_of(of)[position]
     if "stack_trace" in like.meta:
         node.meta["stack_trace"] = like.meta["stack_trace"]
     return node

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
 from moecompile.errors import VerifyError
 from moecompile.ir.spec import experts_from_text, router_from_text
-
-
-def example(n: fx.Node) -> Any:
-    """What Dynamo (or torch.export) says the node's value is."""
-    v = n.meta.get("example_value")
-    return n.meta.get("val") if v is None else v
+from moecompile.ir.surgery import value_of
 
 
 def verify(gm: fx.GraphModule) -> None:
@@ -35,8 +28,8 @@ def _need(condition: bool, n: fx.Node, what: str) -> None:
 def _experts(n: fx.Node) -> None:
     x, weights, ids, params, _, spec, _ = n.args
     s = experts_from_text(str(spec))
-    values = [example(a) for a in (x, ids, *params)]  # type: ignore[arg-type, misc]
-    _need(all(isinstance(v, Tensor) for v in (*values, example(n))), n, "an operand has no example value")
+    values = [value_of(a) for a in (x, ids, *params)]  # type: ignore[arg-type, misc]
+    _need(all(isinstance(v, Tensor) for v in (*values, value_of(n))), n, "an operand has no example value")
     _need(values[0].dim() == 2 and values[0].shape[1] == s.hidden, n, f"x is {tuple(values[0].shape)}, the spec has H = {s.hidden}")
     _need(
         values[1].dim() == 2 and values[1].shape[1] == s.top_k, n, f"ids are {tuple(values[1].shape)}, the spec has K = {s.top_k}"
@@ -50,7 +43,7 @@ def _experts(n: fx.Node) -> None:
             )
             _need(values[2 + p].dtype == s.dtype, n, f"parameter {p} is {values[2 + p].dtype}, the spec has {s.dtype}")
     _need(values[0].dtype == s.dtype, n, f"x is {values[0].dtype}, the spec has {s.dtype}")
-    out = example(n)
+    out = value_of(n)
     _need(
         out.dim() == 2 and out.shape[1] == s.out_features and out.dtype == s.out_dtype,
         n,
@@ -61,6 +54,6 @@ def _experts(n: fx.Node) -> None:
 def _route(n: fx.Node) -> None:
     logits, bias, spec = n.args
     s = router_from_text(str(spec))
-    value = example(logits)  # type: ignore[arg-type]
+    value = value_of(logits)  # type: ignore[arg-type]
     _need(isinstance(value, Tensor) and value.shape[-1] == s.num_experts, n, f"logits do not have {s.num_experts} columns")
     _need((bias is not None) == s.bias, n, "a bias is given exactly where the spec has one")

@@ -282,12 +282,9 @@ class _Experts:
         scale = 1.0
         while e[0] == "mul":
             a, b = self._strip_outer(e[1]), self._strip_outer(e[2])
-            if self._is_weight(b):
-                self._weigh(b, WeightOn.OUTPUT)
-                e = a
-            elif self._is_weight(a):
-                self._weigh(a, WeightOn.OUTPUT)
-                e = b
+            rest = self._unweighted(a, b, WeightOn.OUTPUT)
+            if rest is not None:
+                e = rest
             elif b[0] == "const":
                 scale, e = scale * b[1], a
             elif a[0] == "const":
@@ -330,12 +327,14 @@ class _Experts:
             self.outer_sentinel = self.sentinel
         return inner
 
-    def _is_weight(self, e: PairExpr) -> bool:
-        return bool(e[0] == "weight")
-
-    def _weigh(self, e: PairExpr, on: WeightOn) -> None:
-        _need(self.weights is None, "a pair is weighted twice")
-        self.weights, self.weight_on = e[1], on
+    def _unweighted(self, a: PairExpr, b: PairExpr, on: WeightOn) -> PairExpr | None:
+        """Of a product a * b the factor that is not the routing weight, which is noted; None where neither is it."""
+        for weight, rest in ((b, a), (a, b)):
+            if weight[0] == "weight":
+                _need(self.weights is None, "a pair is weighted twice")
+                self.weights, self.weight_on = weight[1], on
+                return rest
+        return None
 
     def _split_bias(self, e: PairExpr) -> tuple[PairExpr, Any]:
         if e[0] == "add":
@@ -362,14 +361,10 @@ class _Experts:
         """A weight on the activation counts as one on the output where the down projection is linear."""
         while e[0] == "mul" and self.down_bias is None and self.weights is None:
             a, b = self._strip(e[1]), self._strip(e[2])
-            if self._is_weight(b):
-                self._weigh(b, WeightOn.OUTPUT)
-                e = a
-            elif self._is_weight(a):
-                self._weigh(a, WeightOn.OUTPUT)
-                e = b
-            else:
+            rest = self._unweighted(a, b, WeightOn.OUTPUT)
+            if rest is None:
                 return e
+            e = rest
         return e
 
     def _activation(self, e: PairExpr) -> Any:
@@ -409,12 +404,10 @@ class _Experts:
     def _read_row(self, e: PairExpr) -> None:
         e = self._strip(e)
         if e[0] == "mul":
-            a, b = self._strip(e[1]), self._strip(e[2])
-            if self._is_weight(a):
-                a, b = b, a
-            _need(self._is_weight(b), "the experts' input is multiplied by something that is not a routing weight")
-            self._weigh(b, WeightOn.INPUT)
-            e = a
+            rest = self._unweighted(self._strip(e[1]), self._strip(e[2]), WeightOn.INPUT)
+            if rest is None:
+                raise Unsupported("the experts' input is multiplied by something that is not a routing weight")
+            e = rest
         _need(e[0] == "row", f"the experts' input is {_name(e)}, not rows of tokens")
         self.row = e[1]
 

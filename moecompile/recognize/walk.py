@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from moecompile.ir.surgery import value_of
 from moecompile.recognize import dims as D
 from moecompile.recognize.roles import (
     Chosen,
@@ -107,6 +108,10 @@ class Walk:
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)  # what a rewrite put in the place of a node
     heavy: set[int] = field(default_factory=set)  # ids of tensors that hold rows of the experts
     on_storage: dict[object, list[fx.Node]] = field(default_factory=dict)  # storage -> the nodes that hold a tensor on it
+
+    def when(self, n: fx.Node) -> int:
+        """The walk's position at n; for a node that was inserted since, after everything."""
+        return self.step.get(n, len(self.nodes))
 
     def writers(self, n: fx.Node, until: int) -> list[fx.Node]:
         """The nodes up to step `until` that write the storage n holds."""
@@ -327,7 +332,7 @@ class RoleMode(TorchDispatchMode):
     def _unknown_size(self) -> int:
         """The size Dynamo gave the result of a data-dependent op in the node being run."""
         if self.current is not None:
-            for v in tree_leaves(self.current.meta.get("example_value")):
+            for v in tree_leaves(value_of(self.current)):
                 if isinstance(v, Tensor) and v.dim():
                     s = v.shape[0]
                     if isinstance(s, torch.SymInt):
@@ -335,7 +340,7 @@ class RoleMode(TorchDispatchMode):
         return self.sizes.next()
 
     def _bins(self, args: Any, kwargs: Any) -> int:
-        v = self.current.meta.get("example_value") if self.current is not None else None
+        v = value_of(self.current) if self.current is not None else None
         if isinstance(v, Tensor) and v.dim() == 1:
             return int(self.sizes(v.shape[0]))
         return int(kwargs.get("minlength", args[2] if len(args) > 2 else 0)) or self.sizes.next()
@@ -350,13 +355,6 @@ class RoleMode(TorchDispatchMode):
 
 
 # ---------------------------------------------------------------- the walk over nodes
-
-_VALUE = "example_value"
-
-
-def example(n: fx.Node) -> Any:
-    v = n.meta.get(_VALUE)
-    return n.meta.get("val") if v is None else v
 
 
 def tensors(v: object) -> list[Tensor]:
@@ -409,7 +407,7 @@ class _Runner:
     def hold_example(self, n: fx.Node) -> None:
         """Let n be what Dynamo says it is, without a role."""
         try:
-            self.hold(n, tree_map(self.static, example(n)))
+            self.hold(n, tree_map(self.static, value_of(n)))
         except RuntimeError as e:  # at the generic point the value is too large to exist
             self.result.failed.append((n, str(e).splitlines()[0][:100]))
             self.values[n] = None
@@ -438,7 +436,7 @@ class _Runner:
         mode = self.mode
         mode.current = n
         if n.op in ("placeholder", "get_attr"):
-            if n.op == "get_attr" and not isinstance(example(n), Tensor):
+            if n.op == "get_attr" and not isinstance(value_of(n), Tensor):
                 found = _attribute(self.result.graph, str(n.target))
                 self.values[n] = found
                 if isinstance(found, Tensor):
@@ -448,7 +446,7 @@ class _Runner:
             return
         if n.op not in ("call_function", "call_method"):
             return
-        value = example(n)
+        value = value_of(n)
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             self.values[n] = mode.sizes(value)
             return
@@ -459,7 +457,7 @@ class _Runner:
         if isinstance(n.target, torch._ops.HigherOrderOperator):
             self.opaque(n)
             return
-        mode.symbolic = any(isinstance(example(m), torch.SymInt) for m in n.all_input_nodes)
+        mode.symbolic = any(isinstance(value_of(m), torch.SymInt) for m in n.all_input_nodes)
         try:
             args, kwargs = fx.map_arg(n.args, self.value), fx.map_arg(n.kwargs, self.value)
             target = n.target if n.op == "call_function" else getattr(args[0], str(n.target))
