@@ -11,6 +11,48 @@ from torch import Tensor
 
 from moecompile.kernels.gpu.config import Kernel
 
+SCORE = """\
+{% if score == "softmax" %}
+    score = tl.exp(z - tl.max(z, 1)[:, None])
+    score = score / tl.sum(score, 1)[:, None]
+{% elif score == "sigmoid" %}
+    score = 1.0 / (1.0 + tl.exp(-z))
+{% elif score == "sqrtsoftplus" %}
+    grown = tl.exp(tl.minimum(z, 20.0, propagate_nan=tl.PropagateNan.ALL))
+    sum1 = 1.0 + grown
+    softplus = tl.where(sum1 == 1.0, grown, tl.log(sum1) * (grown / tl.where(sum1 == 1.0, 1.0, sum1 - 1.0)))
+    score = tl.sqrt(tl.where(z > 20.0, z, softplus))
+{% else %}
+    score = z
+{% endif %}
+    score = {{ rounded("score", score_dtype) }}
+"""
+
+POST = """\
+{% for step in post %}
+{% set w, y = "w%d" % loop.index0, "w%d" % loop.index %}
+{% if step.name == "softmax" %}
+    {{ y }} = tl.exp({{ w }} - tl.max(tl.where(used, {{ w }}, -float("inf")), 1)[:, None])
+    {{ y }} = {{ rounded(y ~ " / tl.sum(tl.where(used, " ~ y ~ ", 0.0), 1)[:, None]", step.dtype) }}
+{% elif step.name == "sigmoid" %}
+    {{ y }} = {{ rounded("1.0 / (1.0 + tl.exp(-" ~ w ~ "))", step.dtype) }}
+{% elif step.name == "cast" %}
+    {{ y }} = {{ rounded(w, step.dtype) }}
+{% elif step.name == "scale" %}
+    {{ y }} = {{ rounded(w ~ " * " ~ number(step.factor), step.dtype) }}
+{% else %}
+    total{{ loop.index0 }} = {{ rounded("tl.sum(tl.where(used, " ~ w ~ ", 0.0), 1)[:, None]", step.dtype) }}
+{% if step.eps %}
+    total{{ loop.index0 }} = {{ rounded("total" ~ loop.index0 ~ " + " ~ number(step.eps), step.dtype) }}
+{% endif %}
+{% if step.least %}
+    least{{ loop.index0 }} = tl.maximum(total{{ loop.index0 }}, {{ number(step.least) }}, propagate_nan=tl.PropagateNan.ALL)
+{% endif %}
+    {{ y }} = {{ rounded(w ~ (" / least" if step.least else " / total") ~ loop.index0, step.dtype) }}
+{% endif %}
+{% endfor %}
+"""
+
 SOURCE = '''\
 @triton.jit
 def packed(value, lane, lanes: tl.constexpr):
@@ -47,20 +89,7 @@ def router(LOGITS, {% if bias %}BIAS, {% endif %}WEIGHTS, IDS, T):
     at = LOGITS + token.to(tl.int64)[:, None] * E + expert[None, :]
     logits = tl.load(at, mask=(token < T)[:, None] & real[None, :], other=-float("inf")).to(tl.float32)
     z = {{ rounded("logits", score_dtype) }}
-{% if score == "softmax" %}
-    score = tl.exp(z - tl.max(z, 1)[:, None])
-    score = score / tl.sum(score, 1)[:, None]
-{% elif score == "sigmoid" %}
-    score = 1.0 / (1.0 + tl.exp(-z))
-{% elif score == "sqrtsoftplus" %}
-    grown = tl.exp(tl.minimum(z, 20.0, propagate_nan=tl.PropagateNan.ALL))
-    sum1 = 1.0 + grown
-    softplus = tl.where(sum1 == 1.0, grown, tl.log(sum1) * (grown / tl.where(sum1 == 1.0, 1.0, sum1 - 1.0)))
-    score = tl.sqrt(tl.where(z > 20.0, z, softplus))
-{% else %}
-    score = z
-{% endif %}
-    score = {{ rounded("score", score_dtype) }}
+{% include "router_score" %}
 {% if bias %}
     choice = score + tl.load(BIAS + expert, mask=real, other=0.0).to(tl.float32)[None, :]
     choice = {{ rounded("choice", choice_dtype) }}
@@ -89,39 +118,19 @@ def router(LOGITS, {% if bias %}BIAS, {% endif %}WEIGHTS, IDS, T):
 {% endif %}
     key = tl.where(real[None, :], packed(choice, lane[None, :], LANES), LEAST)
     slot = tl.arange(0, SLOTS)
-    w = tl.zeros((BM, SLOTS), tl.float32)
+    w0 = tl.zeros((BM, SLOTS), tl.float32)
     chosen = tl.zeros((BM, SLOTS), tl.int32)
     for i in range(K):
         top = tl.max(key, 1)[:, None]
         hit = key == top
-        w = tl.where((slot == i)[None, :], tl.sum(tl.where(hit, {{ source }}, 0.0), 1)[:, None], w)
+        w0 = tl.where((slot == i)[None, :], tl.sum(tl.where(hit, {{ source }}, 0.0), 1)[:, None], w0)
         chosen = tl.where((slot == i)[None, :], tl.sum(tl.where(hit, expert[None, :], 0), 1)[:, None], chosen)
         key = tl.where(hit, LEAST, key)
     used = (slot < K)[None, :]
-{% for step in post %}
-{% if step.name == "softmax" %}
-    w = tl.exp(w - tl.max(tl.where(used, w, -float("inf")), 1)[:, None])
-    w = {{ rounded("w / tl.sum(tl.where(used, w, 0.0), 1)[:, None]", step.dtype) }}
-{% elif step.name == "sigmoid" %}
-    w = {{ rounded("1.0 / (1.0 + tl.exp(-w))", step.dtype) }}
-{% elif step.name == "cast" %}
-    w = {{ rounded("w", step.dtype) }}
-{% elif step.name == "scale" %}
-    w = {{ rounded("w * " ~ number(step.factor), step.dtype) }}
-{% else %}
-    total = {{ rounded("tl.sum(tl.where(used, w, 0.0), 1)[:, None]", step.dtype) }}
-{% if step.eps %}
-    total = {{ rounded("total + " ~ number(step.eps), step.dtype) }}
-{% endif %}
-{% if step.least %}
-    total = tl.maximum(total, {{ number(step.least) }}, propagate_nan=tl.PropagateNan.ALL)
-{% endif %}
-    w = {{ rounded("w / total", step.dtype) }}
-{% endif %}
-{% endfor %}
+{% include "router_post" %}
     at = token.to(tl.int64)[:, None] * K + slot[None, :]
     mask = (token < T)[:, None] & used
-    tl.store(WEIGHTS + at, w.to(WEIGHTS.dtype.element_ty), mask=mask)
+    tl.store(WEIGHTS + at, w{{ post | length }}.to(WEIGHTS.dtype.element_ty), mask=mask)
     tl.store(IDS + at, chosen.to(IDS.dtype.element_ty), mask=mask)
 '''
 

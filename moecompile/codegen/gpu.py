@@ -5,6 +5,7 @@
     experts_train               permute, up (keeps the pre-activations), down, combine
     experts_bwd                 permute (again, from the ids), grad_z, grad_rows, combine, grad_matrix, grad_vector, grad_weights
     route                       router
+    route_bwd                   grad_router
 
 Nothing here waits for the device, and every grid follows from shapes, so all of it can be captured in a CUDA graph.  Under
 TRITON_INTERPRET=1 the same texts run on CPU tensors.
@@ -12,7 +13,6 @@ TRITON_INTERPRET=1 the same texts run on CPU tensors.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -23,14 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompile.codegen import gpu_choose, gpu_layout, gpu_text
+from moecompile.codegen import gpu_choose, gpu_layout, gpu_router, gpu_text
 from moecompile.codegen.gpu_choose import ConfigSource, Target, choose
 from moecompile.codegen.gpu_layout import pointers, read_layouts
+from moecompile.codegen.gpu_load import load, on, triton_missing
+from moecompile.codegen.gpu_router import prepare_router, supports_router
 from moecompile.codegen.gpu_text import Layouts, Style
-from moecompile.errors import BuildError, Unsupported
+from moecompile.errors import Unsupported
 from moecompile.ir import expr
-from moecompile.ir.spec import ExpertsSpec, RouterSpec, WeightOn, experts_from_text, router_from_text
-from moecompile.kernels.gpu import combine, decode, down, grad_params, grad_rows, grad_weights, grad_z, permute, router, up
+from moecompile.ir.spec import ExpertsSpec, WeightOn, experts_from_text, router_from_text
+from moecompile.kernels.gpu import combine, decode, down, grad_params, grad_rows, grad_weights, grad_z, permute, up
 from moecompile.kernels.gpu.config import Config, Kernel
 from moecompile.kernels.gpu.permute import Routing
 
@@ -44,25 +46,11 @@ __all__ = [
     "set_config_source",
     "supports_experts",
     "supports_router",
+    "triton_missing",
 ]
-
-LEAST_TRITON = (3, 5)
 
 
 # ---------------------------------------------------------------- what can be built
-
-
-@lru_cache(1)
-def triton_missing() -> str | None:
-    """Why no Triton kernel can be built here, or None."""
-    try:
-        import triton
-    except Exception as error:  # a broken installation raises anything
-        return f"needs triton, which does not import here: {type(error).__name__}: {error}"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < LEAST_TRITON:
-        return f"needs triton >= {'.'.join(map(str, LEAST_TRITON))}, got {triton.__version__}"
-    return None
 
 
 def supports_experts(spec: ExpertsSpec, train: bool = False) -> str | None:
@@ -83,34 +71,9 @@ def supports_experts(spec: ExpertsSpec, train: bool = False) -> str | None:
     return triton_missing()
 
 
-def supports_router(spec: RouterSpec) -> str | None:
-    """Why these kernels cannot run this router, or None."""
-    casts = [step[1] for step in spec.post if step[0] == "cast"]
-    if wrong := [d for d in (spec.score_dtype, *casts) if d not in gpu_text.TYPES]:
-        return f"the GPU router computes in float16, bfloat16 and float32, got {wrong[0]}"
-    if unknown := [s[0] for s in spec.post if s[0] not in ("softmax", "sigmoid", "cast", "scale", "normalise")]:
-        return f"the GPU router has no step {unknown[0]!r}"
-    if spec.num_experts > 4096:
-        return f"the GPU router is for at most 4096 experts, got {spec.num_experts}"
-    if spec.groups is not None and spec.groups.score == "top2" and spec.num_experts // spec.groups.count < 2:
-        return "groups scored by their two best need two experts each"
-    return triton_missing()
-
-
 def _style(precision: bool) -> Style:
     tf32 = precision and torch.get_float32_matmul_precision() != "highest"
     return Style(os.environ.get("TRITON_INTERPRET") == "1", "tf32" if tf32 else "ieee")
-
-
-@lru_cache(4096)
-def load(family: str, config: Config, text: str) -> Kernel:
-    """The kernel of a text. BuildError where it cannot be written or imported."""
-    from torch._inductor.codecache import PyCodeCache
-
-    try:
-        return Kernel(family, config, text, PyCodeCache.load(text))
-    except (OSError, ImportError, SyntaxError, RuntimeError) as error:
-        raise BuildError(f"the {family} kernel cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 class _Builder:
@@ -163,28 +126,22 @@ def set_config_source(source: ConfigSource | None) -> None:
 # ---------------------------------------------------------------- the implementation
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 class GpuImplementation:
     """ir.ops.Implementation for device "cuda", and for "cpu" under TRITON_INTERPRET=1."""
 
     def route(self, logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
         """logits [..,E], bias [E] -> weights [..,K], ids [..,K] int64."""
-        s = router_from_text(spec)
-        shape, flat = (*logits.shape[:-1], s.top_k), logits.reshape(-1, s.num_experts).contiguous()
-        source = s.score_dtype if s.weights_from != "logits" else logits.dtype
-        if s.weights_from == "choice" and bias is not None:
-            source = torch.promote_types(s.score_dtype, bias.dtype)
-        weights = logits.new_empty(shape, dtype=s.weights_dtype(source))
-        ids = logits.new_empty(shape, dtype=torch.int64)
-        tokens = 1 << max(0, flat.shape[0] - 1).bit_length()
-        config = choose("router", s, tokens, gpu_choose.target_of(logits.device))
-        text = gpu_text.router_text(s, config, logits.dtype, None if bias is None else bias.dtype)
-        with _on(logits.device):
-            router.launch(load("router", config, text), flat, None if bias is None else bias.contiguous(), weights, ids)
-        return weights, ids
+        return gpu_router.route(logits, bias, spec)
+
+    def differentiates(self, spec: str) -> bool:
+        """Whether route_bwd is a kernel for this router."""
+        return gpu_router.differentiates(router_from_text(spec)) is None
+
+    def route_bwd(
+        self, grad: Tensor, logits: Tensor, bias: Tensor | None, ids: Tensor, spec: str, needs: Sequence[bool]
+    ) -> list[Tensor]:
+        """Gradients of logits and bias: contiguous, empty where not needed."""
+        return gpu_router.route_bwd(grad, logits, bias, ids, spec, needs)
 
     def experts(
         self, x: Tensor, weights: Tensor | None, ids: Tensor, params: Sequence[Tensor], sizes: Sequence[int], spec: str, region: str
@@ -203,7 +160,7 @@ class GpuImplementation:
         on_input = weights if s.weight_on is WeightOn.INPUT else None
         on_output = weights if s.weight_on is WeightOn.OUTPUT else None
         ups, downs = _operands(s, layouts, params)
-        with _on(x.device):
+        with on(x.device):
             decode.launch_up(build.get("decode_up"), s.intermediate, x, ups, on_input, ids, rows)
             decode.launch_down(build.get("decode_down"), rows, downs, on_output, ids, out)
         return out
@@ -239,7 +196,7 @@ class GpuImplementation:
         on_output = weights if s.weight_on is WeightOn.OUTPUT else None
         y1 = x.new_empty((rows, F), dtype=s.dtype)
         y2 = x.new_empty((rows, O), dtype=s.dtype)
-        with _on(x.device):
+        with on(x.device):
             routing = build.route(ids)
             up.launch(build.get("up", train=train), F, x, ups, on_input, routing, y1, z)
             down.launch(build.get("down"), O, y1, downs, routing, y2)
@@ -269,7 +226,7 @@ class GpuImplementation:
         stacks = gpu_layout.gradients(s, params, needs[2:])
         if ids.numel() == 0:
             return [t.zero_() for t in (*found, *stacks.outputs)]
-        with _on(x.device):
+        with on(x.device):
             self._backward(s, grad.contiguous(), _dense(x), _dense(weights), ids.contiguous(), params, saved, needs, found, stacks)
         return [*found, *stacks.outputs]
 
@@ -358,11 +315,3 @@ def prepare_experts(spec: ExpertsSpec, train: bool) -> None:
         build.get("up", train=train)
         build.get("down")
         build.get("combine", width=spec.out_features, scaled=spec.weight_on is WeightOn.OUTPUT)
-
-
-def prepare_router(spec: RouterSpec) -> None:
-    """Write and load the router for float32 logits. Unsupported or BuildError where that fails."""
-    if reason := supports_router(spec):
-        raise Unsupported(reason)
-    config = choose("router", spec, 1, gpu_choose.INTERPRETER)
-    load("router", config, gpu_text.router_text(spec, config, torch.float32, torch.float32 if spec.bias else None))

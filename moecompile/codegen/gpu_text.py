@@ -19,8 +19,21 @@ import torch
 
 from moecompile.ir import expr
 from moecompile.ir.expr import Expr
-from moecompile.ir.spec import ExpertsSpec, OutOfRange, RouterSpec, Weight, WeightOn
-from moecompile.kernels.gpu import combine, decode, down, grad_params, grad_rows, grad_weights, grad_z, permute, router, tile, up
+from moecompile.ir.spec import ExpertsSpec, OutOfRange, Weight, WeightOn
+from moecompile.kernels.gpu import (
+    combine,
+    decode,
+    down,
+    grad_params,
+    grad_router,
+    grad_rows,
+    grad_weights,
+    grad_z,
+    permute,
+    router,
+    tile,
+    up,
+)
 from moecompile.kernels.gpu.config import Config
 
 TEMPLATES = {
@@ -36,9 +49,12 @@ TEMPLATES = {
     "grad_weights": grad_weights.SOURCE,
     "grad_matrix": grad_params.MATRIX,
     "grad_vector": grad_params.VECTOR,
+    "router_score": router.SCORE,
+    "router_post": router.POST,
     "router": router.SOURCE,
+    "grad_router": grad_router.SOURCE,
 }
-FAMILIES = tuple(name for name in TEMPLATES if name != "tile")
+FAMILIES = tuple(name for name in TEMPLATES if name not in ("tile", "router_score", "router_post"))
 TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
 
 
@@ -241,7 +257,7 @@ _ENVIRONMENT = jinja2.Environment(
 _ENVIRONMENT.globals.update(load=_load, store=_store, rounded=_rounded, number=number)
 
 
-def _module(family: str, title: str, config: Config, constants: dict[str, int | str], context: dict[str, Any]) -> str:
+def module(family: str, title: str, config: Config, constants: dict[str, int | str], context: dict[str, Any]) -> str:
     """The text: header, the constants that occur, the kernels. The key covers all of it."""
     body = _ENVIRONMENT.get_template(family).render(**constants, **context)
     used = [f"{name} = tl.constexpr({value})" for name, value in constants.items() if re.search(rf"\b{name}\b", body)]
@@ -335,7 +351,7 @@ def experts_text(
         constants |= {"N": context["n"], "M": context["k"], "M_TILES": -(-context["k"] // config.block_k)}
     if family.startswith("decode"):
         context["expert"] = _ENVIRONMENT.from_string(decode.EXPERT).render(wraps=context["wraps"]).rstrip("\n")
-    return _module(family, _title(spec), config, constants, context | given)
+    return module(family, _title(spec), config, constants, context | given)
 
 
 def _grad_context(spec: ExpertsSpec, which: str) -> dict[str, Any]:
@@ -378,44 +394,4 @@ def permute_text(spec: ExpertsSpec, config: Config, block_m: int) -> str:
         "schedule": permute.SCHEDULE,
         "skipped": -2 if wraps else -1,
     }
-    return _module("permute", f"E={spec.num_experts}, ids out of range: {spec.out_of_range.value}", config, constants, context)
-
-
-@lru_cache(1024)
-def router_text(spec: RouterSpec, config: Config, logits: torch.dtype, bias: torch.dtype | None) -> str:
-    """The router for logits and bias of these dtypes."""
-    E, groups = spec.num_experts, spec.groups
-    count = 1 if groups is None else groups.count
-    group_rows, group_lanes = next_power(count), next_power(E // count)
-    choice_dtype = spec.score_dtype if bias is None else torch.promote_types(spec.score_dtype, bias)
-    current = {"score": spec.score_dtype, "choice": choice_dtype, "logits": logits}[spec.weights_from]
-    post: list[dict[str, Any]] = []
-    for step in spec.post:
-        if step[0] == "cast":
-            current = step[1]
-        values = dict(zip({"scale": ("factor",), "normalise": ("eps", "least")}.get(step[0], ()), step[1:], strict=False))
-        post.append({"name": step[0], "dtype": current, **values})
-    constants: dict[str, int | str] = {
-        "E": E,
-        "K": spec.top_k,
-        "BM": config.block_m,
-        "LANES": group_rows * group_lanes,
-        "SLOTS": next_power(spec.top_k),
-        "LEAST": "-(2**63)",
-    }
-    context = {
-        "bias": bias is not None,
-        "groups": groups,
-        "group_rows": group_rows,
-        "group_lanes": group_lanes,
-        "group_size": E // count,
-        "score": spec.score,
-        "score_dtype": spec.score_dtype,
-        "choice_dtype": choice_dtype,
-        "source": spec.weights_from,
-        "post": post,
-    }
-    kind = f"groups {groups.top_k} of {groups.count} by {groups.score}, " if groups else ""
-    return _module(
-        "router", f"E={E} K={spec.top_k} {spec.score}, {kind}weights from {spec.weights_from}", config, constants, context
-    )
+    return module("permute", f"E={spec.num_experts}, ids out of range: {spec.out_of_range.value}", config, constants, context)

@@ -2,7 +2,8 @@
 
     moe::route, moe::experts        what a rewrite puts in the graph; CompositeImplicitAutograd, so AOTAutograd sees through
       no grad   ->   moe::_route, moe::_experts                     all that an inference graph holds
-      grad      ->   moe::_route for the ids, aten for the weights  (Inductor fuses the latter, forward and backward)
+      grad      ->   moe::_route, moe::_route_bwd                   where the device has a kernel for it, else
+                     moe::_route for the ids, aten for the weights  (Inductor fuses the latter, forward and backward)
                      moe::_experts_train, moe::_experts_bwd         by an autograd.Function
 
 The private ops have a kernel and a fake but no autograd kernel: a call pays for one dispatch.  All schemas are functional.
@@ -29,6 +30,7 @@ _EXPERTS = "Tensor x, Tensor? weights, Tensor ids, Tensor[] params, SymInt[] siz
 _SCHEMAS = {
     "route": "(Tensor logits, Tensor? bias, str spec) -> (Tensor, Tensor)",
     "_route": "(Tensor logits, Tensor? bias, str spec) -> (Tensor, Tensor)",
+    "_route_bwd": "(Tensor grad, Tensor logits, Tensor? bias, Tensor ids, str spec, bool[] needs) -> Tensor[]",
     "experts": f"({_EXPERTS}) -> Tensor",
     "_experts": f"({_EXPERTS}) -> Tensor",
     "_experts_train": f"({_EXPERTS}) -> (Tensor, Tensor)",
@@ -43,6 +45,13 @@ class Implementation(Protocol):
     activation, in an order of the implementation's own."""
 
     def route(self, logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]: ...
+
+    def differentiates(self, spec: str) -> bool:
+        """Whether route_bwd is a kernel that is worth more than aten code that Inductor fuses."""
+
+    def route_bwd(
+        self, grad: Tensor, logits: Tensor, bias: Tensor | None, ids: Tensor, spec: str, needs: Sequence[bool]
+    ) -> list[Tensor]: ...
 
     def experts(
         self, x: Tensor, weights: Tensor | None, ids: Tensor, params: Sequence[Tensor], sizes: Sequence[int], spec: str, region: str
@@ -73,6 +82,17 @@ class Reference:
     def route(self, logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
         return reference.route(router_from_text(spec), logits, bias)
 
+    def differentiates(self, spec: str) -> bool:
+        return False
+
+    def route_bwd(
+        self, grad: Tensor, logits: Tensor, bias: Tensor | None, ids: Tensor, spec: str, needs: Sequence[bool]
+    ) -> list[Tensor]:
+        def forward(logits: Tensor, bias: Tensor | None, _: Sequence[Tensor]) -> Tensor:
+            return reference.weights_of(router_from_text(spec), logits, bias, ids)
+
+        return gradients(forward, grad, logits, bias, [], needs)
+
     def experts(self, x, weights, ids, params, sizes, spec, region):  # type: ignore[no-untyped-def]
         return reference.experts(experts_from_text(spec), x, weights, ids, params)
 
@@ -88,6 +108,13 @@ class Reference:
         return gradients(forward, grad, x, weights, params, needs)
 
 
+def _recording(device: torch.device) -> Any:
+    """Autograd records inside, though the op may be called from below it (by a graph that has no gradients of its own)."""
+    name = "Autograd" + torch._C._dispatch_key_for_device(device.type)
+    excluded = torch._C._dispatch_tls_local_exclude_set().remove(getattr(torch._C.DispatchKey, name))
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
 def gradients(
     forward: Callable[[Tensor, Tensor | None, Sequence[Tensor]], Tensor],
     grad: Tensor,
@@ -99,7 +126,7 @@ def gradients(
     """Gradients of forward(x, weights, params) by autograd, as `_experts_bwd` returns them: one tensor for x, weights and
     each parameter, contiguous, empty where not needed."""
     given = [x, weights, *params]
-    with torch.enable_grad():
+    with torch.enable_grad(), _recording(x.device):
         leaves = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(given, needs, strict=True)]
         assert leaves[0] is not None
         out = forward(leaves[0], leaves[1], [p for p in leaves[2:] if p is not None])
@@ -137,6 +164,10 @@ def _route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tens
     return bound(logits.device).route(logits, bias, spec)
 
 
+def _route_bwd(grad: Tensor, *args: Any) -> list[Tensor]:
+    return bound(grad.device).route_bwd(grad, *args)
+
+
 def _experts(x: Tensor, *args: Any) -> Tensor:
     return bound(x.device).experts(x, *args)
 
@@ -161,6 +192,11 @@ def _fake_route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor,
     return logits.new_empty(shape, dtype=s.weights_dtype(read)), logits.new_empty(shape, dtype=torch.int64)
 
 
+def _fake_route_bwd(grad: Tensor, logits: Tensor, bias: Any, ids: Tensor, spec: str, needs: Sequence[bool]) -> list[Tensor]:
+    pairs = zip((logits, bias), needs, strict=True)
+    return [logits.new_empty((0,)) if t is None or not n else t.new_empty(t.shape) for t, n in pairs]
+
+
 def _fake_experts(x: Tensor, weights: Tensor | None, ids: Tensor, params: Any, sizes: Any, spec: str, region: str) -> Tensor:
     s = experts_from_text(spec)
     return x.new_empty((x.shape[0], s.out_features), dtype=s.out_dtype)
@@ -179,6 +215,7 @@ def _fake_bwd(grad, x, weights, ids, params, sizes, spec, region, saved, needs):
 
 for _name, _kernel, _fake in (
     ("_route", _route, _fake_route),
+    ("_route_bwd", _route_bwd, _fake_route_bwd),
     ("_experts", _experts, _fake_experts),
     ("_experts_train", _experts_train, _fake_train),
     ("_experts_bwd", _experts_bwd, _fake_bwd),
@@ -188,6 +225,24 @@ for _name, _kernel, _fake in (
 
 
 # ---------------------------------------------------------------- the public ops
+
+
+class _Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, bias, spec):  # type: ignore[no-untyped-def]
+        weights, ids = torch.ops.moe._route.default(logits, bias, spec)
+        ctx.save_for_backward(logits, bias, ids)
+        ctx.spec = spec
+        ctx.mark_non_differentiable(ids)
+        return weights, ids
+
+    @staticmethod
+    def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+        logits, bias, ids = ctx.saved_tensors
+        reached = router_from_text(ctx.spec).weights_from == "choice"
+        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and reached]
+        found = torch.ops.moe._route_bwd.default(grad, logits, bias, ids, ctx.spec, needs)
+        return *(g if n else None for g, n in zip(found, needs, strict=True)), None
 
 
 class _Experts(torch.autograd.Function):
@@ -218,12 +273,11 @@ def experts(
 def route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
     if not (torch.is_grad_enabled() and (logits.requires_grad or (bias is not None and bias.requires_grad))):
         return torch.ops.moe._route.default(logits, bias, spec)  # type: ignore[no-any-return]
-    s = router_from_text(spec)
+    if bound(logits.device).differentiates(spec):
+        return _Route.apply(logits, bias, spec)  # type: ignore[no-untyped-call, no-any-return]
     ids = torch.ops.moe._route.default(logits.detach(), None if bias is None else bias.detach(), spec)[1]
     with torch.autocast(logits.device.type, enabled=False):
-        score = reference.scores(s, logits)
-        choice = reference.choices(s, score, bias) if s.weights_from == "choice" else score
-        return reference.chosen_weights(s, logits, score, choice, ids), ids
+        return reference.weights_of(router_from_text(spec), logits, bias, ids), ids
 
 
 library.impl("route", route, "CompositeImplicitAutograd")

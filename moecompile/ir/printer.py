@@ -23,7 +23,9 @@ from moecompile.ir import expr
 from moecompile.ir.spec import ExpertsSpec, RouterSpec, Weight, experts_from_text, router_from_text
 
 _SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
-_SPECS = {"experts": 5, "_experts": 5, "_experts_train": 5, "_experts_bwd": 6, "route": 2, "_route": 2}  # argument of the spec
+_SPECS = {  # argument of the spec
+    "experts": 5, "_experts": 5, "_experts_train": 5, "_experts_bwd": 6, "route": 2, "_route": 2, "_route_bwd": 4,
+}  # fmt: skip
 
 
 def text(gm: fx.GraphModule) -> str:

@@ -105,6 +105,13 @@ def chosen_weights(spec: RouterSpec, logits: Tensor, score: Tensor, choice: Tens
     return w
 
 
+def weights_of(spec: RouterSpec, logits: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+    """The weights [T,K] of ids that were chosen before: differentiable in logits, and in bias where it reaches them."""
+    score = scores(spec, logits)
+    choice = choices(spec, score, bias) if spec.weights_from == "choice" else score
+    return chosen_weights(spec, logits, score, choice, ids)
+
+
 def route(spec: RouterSpec, logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """logits [T,E], bias [E] -> weights [T,K], ids [T,K] int64: see RouterSpec."""
     score = scores(spec, logits)

@@ -41,6 +41,25 @@ class Dispatch:
                 return weights, ids
         return self.reference.route(logits, bias, spec)
 
+    def differentiates(self, spec: str) -> bool:
+        return self.kernels.differentiates(spec)
+
+    def route_bwd(
+        self, grad: Tensor, logits: Tensor, bias: Tensor | None, ids: Tensor, spec: str, needs: Sequence[bool]
+    ) -> list[Tensor]:
+        r = fallback.region("route:" + spec)
+        if not r.broken:
+            try:
+                found = self.kernels.route_bwd(grad, logits, bias, ids, spec, needs)
+            except Exception as e:
+                fallback.failed(r, e)
+            else:
+                if r.due("backward"):
+                    want = self.reference.route_bwd(grad, logits, bias, ids, spec, needs)
+                    fallback.compare(r, "a router", "backward", found, want, max(grad.numel(), logits.shape[-1]))
+                return found
+        return self.reference.route_bwd(grad, logits, bias, ids, spec, needs)
+
     def experts(
         self, x: Tensor, weights: Tensor | None, ids: Tensor, params: Sequence[Tensor], sizes: Sequence[int], spec: str, region: str
     ) -> Tensor:

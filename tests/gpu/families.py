@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from moecompile.codegen import gpu, gpu_choose, gpu_text
+from moecompile.codegen import gpu, gpu_choose, gpu_load, gpu_router_text, gpu_text
 from moecompile.codegen.gpu_choose import Target
 from moecompile.ir.spec import ExpertsSpec, Groups, RouterSpec, WeightOn
 from moecompile.kernels.gpu import permute
@@ -36,20 +36,25 @@ def of_experts(spec: ExpertsSpec, tokens: int, target: Target) -> Iterator[tuple
         family = "grad_matrix" if name == "d" or name.startswith("w") else "grad_vector"
         yield f"{family} {name}", family, backward.get(family, which=name)
     config = forward.config("permute")
-    kernel = gpu.load("permute", config, gpu_text.permute_text(spec, config, forward.block_m))
+    kernel = gpu_load.load("permute", config, gpu_text.permute_text(spec, config, forward.block_m))
     few = tokens * spec.top_k <= gpu_choose.FEW_PAIRS
     for function in permute.FUNCTIONS[:1] if few else permute.FUNCTIONS[1:]:
         yield function, function, kernel
 
 
-def of_router(spec: RouterSpec, tokens: int, target: Target) -> tuple[str, str, Kernel]:
-    """The router with the numbers that are chosen for `tokens` on `target`."""
+def of_router(spec: RouterSpec, tokens: int, target: Target) -> Iterator[tuple[str, str, Kernel]]:
+    """The router and its backward with the numbers that are chosen for `tokens` on `target`."""
+    f32 = torch.float32
     config = gpu_choose.choose("router", spec, tokens, target)
-    text = gpu_text.router_text(spec, config, torch.float32, torch.float32 if spec.bias else None)
-    return "router", "router", gpu.load("router", config, text)
+    text = gpu_router_text.router_text(spec, config, f32, f32 if spec.bias else None)
+    yield "router", "router", gpu_load.load("router", config, text)
+    config = gpu_choose.choose("grad_router", spec, tokens, target)
+    text = gpu_router_text.grad_router_text(spec, config, f32, f32 if spec.bias and spec.weights_from == "choice" else None)
+    yield "grad_router", "grad_router", gpu_load.load("grad_router", config, text)
 
 
 DEEPSEEK_ROUTER = RouterSpec(
     256, 8, "sigmoid", torch.float32, True, Groups(8, 4, "top2", 0.0), "score", (("normalise", 1e-20, 0.0), ("scale", 2.5)), False
 )
 QWEN_ROUTER = RouterSpec(128, 8, "softmax", torch.float32, False, None, "score", (("normalise", 0.0, 0.0),), True)
+BIASED_ROUTER = RouterSpec(60, 4, "sigmoid", torch.float32, True, None, "choice", (("normalise", 0.0, 1e-6),), True)

@@ -13,7 +13,7 @@ import re
 import pytest
 import torch
 
-from moecompile.codegen import gpu, gpu_choose, gpu_text
+from moecompile.codegen import gpu, gpu_choose, gpu_router_text, gpu_text
 from moecompile.codegen.gpu import Config, supports_experts, supports_router
 from moecompile.errors import Unsupported
 from moecompile.ir import expr
@@ -46,7 +46,10 @@ GOLDENS = {
     "grad_matrix": lambda: text(SPEC, "grad_matrix", which="w1"),
     "grad_vector": lambda: text(SPEC, "grad_vector", which="db"),
     "permute": lambda: gpu_text.permute_text(SPEC, Config(256, 1, 1, 4, 1), 16),
-    "router": lambda: gpu_text.router_text(families.DEEPSEEK_ROUTER, Config(1, 1, 1, 4, 1), torch.float32, torch.float32),
+    "router": lambda: gpu_router_text.router_text(families.DEEPSEEK_ROUTER, Config(1, 1, 1, 4, 1), torch.float32, torch.float32),
+    "grad_router": lambda: gpu_router_text.grad_router_text(
+        families.BIASED_ROUTER, Config(4, 1, 1, 4, 1), torch.float32, torch.float32
+    ),
 }
 
 
@@ -141,7 +144,7 @@ def test_prepare_loads() -> None:
 
 
 @pytest.mark.parametrize("target", gpu_choose.TARGETS.values(), ids=list(gpu_choose.TARGETS))
-@pytest.mark.parametrize("family", [f for f in gpu_text.FAMILIES if f != "router"])
+@pytest.mark.parametrize("family", [f for f in gpu_text.FAMILIES if "router" not in f])
 def test_the_closed_form_answers_for_every_load(family: str, target: gpu_choose.Target) -> None:
     for spec in (SPEC, PLAIN, layers.make(E=1, K=1, H=1, F=1), layers.make(E=512, K=10, H=4096, F=512, dtype=torch.bfloat16)):
         for tokens in (1, 8, 512, 32768):

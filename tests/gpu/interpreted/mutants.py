@@ -135,13 +135,44 @@ MUTANTS = (
     Mutant("router: groups not filled", "router", "== 1, choice, ", "== 1, choice, choice + 0.0 * "),
     Mutant(
         "router: sum over padding",
-        "router",
-        '"tl.sum(tl.where(used, w, 0.0), 1)[:, None]"',
-        '"tl.sum(tl.where(used, w, 1.0), 1)[:, None]"',
+        "router_post",
+        'tl.sum(tl.where(used, " ~ w ~ ", 0.0), 1)[:, None]"',
+        'tl.sum(tl.where(used, " ~ w ~ ", 1.0), 1)[:, None]"',
     ),
-    Mutant("router: scale forgotten", "router", "number(step.factor)", "number(1.0)"),
-    Mutant("router: eps forgotten", "router", "number(step.eps)", "number(0.0)"),
-    Mutant("router: least forgotten", "router", "number(step.least)", "number(0.0)"),
+    Mutant("router: scale forgotten", "router_post", "number(step.factor)", "number(1.0)"),
+    Mutant("router: eps forgotten", "router_post", "number(step.eps)", "number(0.0)"),
+    Mutant("router: least forgotten", "router_post", "number(step.least)", "number(0.0)"),
     Mutant("router: rows past the end", "router", "(token < T)[:, None] & used", "(token < T + 1)[:, None] & used"),
-    Mutant("router: sign of the logits", "router", "tl.exp(-z)", "tl.exp(z)"),
+    Mutant("router: sign of the logits", "router_score", "tl.exp(-z)", "tl.exp(z)"),
+    # router backward
+    Mutant("grad_router: gradient of another slot", "grad_router", "(slot == i)[None, :], g, 0.0", "(slot == 0)[None, :], g, 0.0"),
+    Mutant(
+        "grad_router: weight of another slot",
+        "grad_router",
+        "(slot == i)[None, :], chosen, w0",
+        "(slot >= i)[None, :], chosen, w0 + 1",
+    ),
+    Mutant("grad_router: last slot lost", "grad_router", "range(K)", "range(K - 1)", 1),
+    Mutant("grad_router: softmax forgets the sum", "grad_router", "(d - tl.sum(d * score, 1)[:, None])", "d"),
+    Mutant("grad_router: slope of the sigmoid", "grad_router", "d * score * (1.0 - score)", "d * score"),
+    Mutant("grad_router: slope of softplus", "grad_router", "tl.exp(-z)", "tl.exp(z)"),
+    Mutant(
+        "grad_router: underflow divided",
+        "grad_router",
+        "tl.where(d == 0.0, 0.0, d * slope / (2.0 * score))",
+        "d * slope / (2.0 * score)",
+    ),
+    Mutant("grad_router: normalisation as a constant", "grad_router", "(g - shared) / ", "g / "),
+    Mutant("grad_router: clamped sum as if free", "grad_router", "shared, 0.0)", "shared, shared)"),
+    Mutant(
+        "grad_router: kept softmax as a constant", "grad_router", "g = {{ y }} * (g - tl.sum", "g = {{ y }} * (g - 0.0 * tl.sum"
+    ),
+    Mutant("grad_router: slope of the last sigmoid", "grad_router", "g * {{ y }} * (1.0 - {{ y }})", "g * {{ y }}"),
+    Mutant("grad_router: scale forgotten", "grad_router", "number(step.factor)", "number(1.0)"),
+    Mutant("grad_router: bias forgotten", "grad_router", "choice = score + ", "choice = score + 0.0 * "),
+    Mutant(
+        "grad_router: partial sums of tokens past the end", "grad_router", "tl.where(live, d, 0.0)", "d + tl.where(live, 0.0, 1.0)"
+    ),
+    Mutant("grad_router: partial sums in one place", "grad_router", "tl.program_id(0).to(tl.int64) * E", "0 * E"),
+    Mutant("grad_router: rows past the end", "grad_router", "mask=inside)", "mask=inside | True)"),
 )

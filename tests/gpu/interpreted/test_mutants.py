@@ -16,13 +16,14 @@ import jinja2
 import pytest
 import torch
 
-from moecompile.codegen import gpu, gpu_choose, gpu_text
+from moecompile.codegen import gpu, gpu_choose, gpu_router_text, gpu_text
 from moecompile.ir.spec import OutOfRange, RouterSpec, WeightOn
 from moecompile.kernels.gpu import decode, permute
 from tests.gpu import layers
-from tests.gpu.interpreted import agree, test_permute, test_router
+from tests.gpu.interpreted import agree, test_permute, test_router, test_router_backward
 from tests.gpu.interpreted.mutants import MUTANTS, Mutant
 
+ROUTER_TEXTS = (gpu_router_text.router_text, gpu_router_text.grad_router_text)
 SECONDS = 300  # a mutant that runs longer is noticed, too
 ELSEWHERE = {"schedule": (permute, "SCHEDULE"), "clean": (permute, "CLEAN"), "expert": (decode, "EXPERT")}
 
@@ -89,8 +90,20 @@ def routers() -> None:
     test_router.test_nan_is_the_largest_as_in_topk()
 
 
+def router_gradients() -> None:
+    for name in ("mixtral", "olmoe", "deepseek-v3", "sqrtsoftplus", "gpt-oss", "llama4", "weights from the choice"):
+        spec = test_router_backward.DIFFERENTIABLE[name]
+        test_router_backward.check(spec, *test_router.drawn(spec, 5))
+    for spec in test_router_backward.MORE.values():
+        test_router_backward.check(spec, *test_router.drawn(spec, 3))
+    test_router_backward.test_scores_that_underflow_have_no_slope()
+
+
 CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
     "router": (routers,),
+    "router_score": (routers,),
+    "router_post": (routers,),
+    "grad_router": (router_gradients,),
     "permute": (permutations,),
     "schedule": (permutations,),
     "clean": (permutations, wrapped),
@@ -108,7 +121,7 @@ def fresh() -> Iterator[None]:
 
 
 def forget() -> None:
-    for cached in (gpu_text.experts_text, gpu_text.permute_text, gpu_text.router_text, gpu_choose.choose, gpu._builder):
+    for cached in (gpu_text.experts_text, gpu_text.permute_text, *ROUTER_TEXTS, gpu_choose.choose, gpu._builder):
         cached.cache_clear()
     gpu_text._ENVIRONMENT.cache.clear()  # type: ignore[union-attr]
 

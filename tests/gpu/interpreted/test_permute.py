@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moecompile.codegen import gpu, gpu_text
+from moecompile.codegen import gpu_load, gpu_text
 from moecompile.ir.spec import OutOfRange
 from moecompile.kernels.gpu import permute
 from moecompile.kernels.gpu.config import Config, tiles_bound
@@ -37,7 +37,7 @@ def check(experts: int, drawn: str, few: bool, sizes: tuple[int, ...], heights: 
     config = Config(128 if few else block, 1, 1, 4, 1)
     for rows in sizes:
         for height in heights:
-            kernel = gpu.load("permute", config, gpu_text.permute_text(spec, config, height))
+            kernel = gpu_load.load("permute", config, gpu_text.permute_text(spec, config, height))
             ids = IDS[drawn](rows, experts)
             got = permute.launch(kernel, ids, experts, height, few)
             live = (ids >= 0) & (ids < experts)
