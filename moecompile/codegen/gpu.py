@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompile.codegen import gpu_choose, gpu_layout, gpu_router, gpu_text
+from moecompile.codegen import gpu_choose, gpu_layout, gpu_router, gpu_text, gpu_weights
 from moecompile.codegen.gpu_choose import ConfigSource, Target, choose
 from moecompile.codegen.gpu_layout import pointers, read_layouts
 from moecompile.codegen.gpu_load import load, on, triton_missing
 from moecompile.codegen.gpu_router import prepare_router, supports_router
-from moecompile.codegen.gpu_text import Layouts, Style
+from moecompile.codegen.gpu_text import Style
+from moecompile.codegen.gpu_weights import Layouts
 from moecompile.errors import Unsupported
 from moecompile.ir import expr
 from moecompile.ir.spec import ExpertsSpec, WeightOn, experts_from_text, router_from_text
@@ -55,11 +56,11 @@ __all__ = [
 
 def supports_experts(spec: ExpertsSpec, train: bool = False) -> str | None:
     """Why these kernels cannot run the experts of `spec` (with gradients, where `train`), or None."""
-    if spec.dtype not in gpu_text.TYPES or spec.out_dtype not in gpu_text.TYPES:
+    if spec.dtype not in gpu_weights.TYPES or spec.out_dtype not in gpu_weights.TYPES:
         return f"the GPU kernels are for float16, bfloat16 and float32, got {spec.dtype} and {spec.out_dtype}"
     if not expr.inputs_of(spec.activation):
         return "the activation reads no projection"
-    for name, w in gpu_text.named(spec):
+    for name, w in gpu_weights.named(spec):
         extent = (spec.out_features if name.startswith("d") else spec.intermediate) * w.n
         extent += (spec.intermediate if name == "d" else spec.hidden) * w.k
         if extent >= 2**31:
@@ -295,7 +296,7 @@ def _dense(t: Any) -> Any:
 
 def _operands(s: ExpertsSpec, layouts: Layouts, params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """What the kernels take for weights: (projections then their biases), (down then its bias)."""
-    given = {name: pointers(w, params) for name, w in gpu_text.named(s)}
+    given = {name: pointers(w, params) for name, w in gpu_weights.named(s)}
     ups = [given[f"w{i}"] for i in range(len(s.projections))] + [given[f"b{i}"] for i, b in enumerate(s.projection_bias) if b]
     return ups, [given["d"], *([given["db"]] if s.down_bias else [])]
 
@@ -307,7 +308,7 @@ def prepare_experts(spec: ExpertsSpec, train: bool) -> None:
     """Write and load the kernels of one token and of a large batch. Unsupported or BuildError where that fails."""
     if reason := supports_experts(spec, train):
         raise Unsupported(reason)
-    layouts = gpu_text.contiguous_layouts(spec)
+    layouts = gpu_weights.contiguous_layouts(spec)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target = gpu_choose.target_of(device if device.index is not None or device.type == "cpu" else torch.device("cuda", 0))
     for rows in (0.5, 2048.0):

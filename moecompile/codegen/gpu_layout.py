@@ -14,8 +14,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from moecompile.codegen import gpu_text
-from moecompile.codegen.gpu_text import Layout, Layouts
+from moecompile.codegen import gpu_weights
+from moecompile.codegen.gpu_weights import Layout, Layouts
 from moecompile.ir.spec import ExpertsSpec, Weight
 
 
@@ -49,9 +49,9 @@ def _sizes(spec: ExpertsSpec, name: str) -> tuple[int, int]:
 def read_layouts(spec: ExpertsSpec, params: Sequence[Tensor]) -> tuple[Layouts, Sequence[Tensor]]:
     """The layouts of `params`, and the parameters to use: copies of those whose strides cannot be said."""
     if all(p.dtype == spec.dtype and p.is_contiguous() and p.data_ptr() % 16 == 0 for p in params):
-        return gpu_text.contiguous_layouts(spec), params
+        return gpu_weights.contiguous_layouts(spec), params
     used, layouts = list(params), {}
-    for name, w in gpu_text.named(spec):
+    for name, w in gpu_weights.named(spec):
         ours = [used[i] for i in w.params]
         if len({(t.dtype, t.stride()) for t in ours}) > 1:
             raise ValueError(f"the experts' parameters of {name} differ in dtype or strides")
@@ -64,7 +64,7 @@ def read_layouts(spec: ExpertsSpec, params: Sequence[Tensor]) -> tuple[Layouts, 
                 used[i] = used[i].contiguous()
         aligned = all(used[i].data_ptr() % 16 == 0 for i in w.params)
         layouts[name] = Layout(name, w.stacked, *found, dtype=first.dtype, aligned=aligned)
-    return gpu_text.collect(spec, layouts), used
+    return gpu_weights.collect(spec, layouts), used
 
 
 @lru_cache(256)
@@ -97,7 +97,7 @@ class Gradients:
 def overlap(spec: ExpertsSpec) -> str | None:
     """Why gradients of these weights would be written over each other, or None."""
     taken: dict[int, list[tuple[str, frozenset[int]]]] = {}
-    for name, w in gpu_text.named(spec):
+    for name, w in gpu_weights.named(spec):
         for p in set(w.params):
             taken.setdefault(p, []).append((name, _first_elements(spec, name, w)))
     for uses in taken.values():
@@ -107,10 +107,10 @@ def overlap(spec: ExpertsSpec) -> str | None:
                     return (
                         f"the weights {other} and {name} share elements of one parameter, so their gradients cannot be kept apart"
                     )
-    tuples = {w.params for _, w in gpu_text.named(spec)}
+    tuples = {w.params for _, w in gpu_weights.named(spec)}
     if sum(map(len, tuples)) > len({p for t in tuples for p in t}) + sum(len(t) - len(set(t)) for t in tuples):
         return "weights name the same parameters in different orders, so their gradients cannot be kept apart"
-    for name, w in gpu_text.named(spec):
+    for name, w in gpu_weights.named(spec):
         if len(set(w.params)) != len(w.params):
             return f"two experts share the parameter of {name}, so their gradients cannot be kept apart"
     return None
@@ -124,15 +124,15 @@ def _first_elements(spec: ExpertsSpec, name: str, w: Weight) -> frozenset[int]:
 
 def gradients(spec: ExpertsSpec, params: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
     """Room for the gradients of the parameters that need one; zeroed where the weights do not cover a parameter."""
-    used = {p for _, w in gpu_text.named(spec) for p in w.params}
+    used = {p for _, w in gpu_weights.named(spec) for p in w.params}
     outputs = [t.new_zeros(t.shape if n and i not in used else 0) for i, (t, n) in enumerate(zip(params, needs, strict=True))]
     wanted: dict[str, Tensor] = {}
     covered: dict[int, int] = {}
-    for name, w in gpu_text.named(spec):
+    for name, w in gpu_weights.named(spec):
         for p in w.params:
             covered[p] = covered.get(p, 0) + math.prod(_sizes(spec, name)) * (spec.num_experts if w.stacked else 1)
     stacks: dict[tuple[int, ...], Tensor] = {}
-    for name, w in gpu_text.named(spec):
+    for name, w in gpu_weights.named(spec):
         if not any(needs[p] for p in w.params):
             continue
         if w.params not in stacks:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from moecompile.codegen.gpu_choose import Target
-from moecompile.codegen.gpu_text import Layouts
+from moecompile.codegen.gpu_weights import Layouts
 from moecompile.errors import BuildError
 from moecompile.ir.spec import ExpertsSpec
 from moecompile.kernels.gpu.config import Kernel

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moecompile.codegen import gpu_choose, gpu_text
+from moecompile.codegen import gpu_choose, gpu_weights
 from moecompile.codegen.gpu_choose import choose
 from moecompile.codegen.gpu_load import load, on, triton_missing
 from moecompile.codegen.gpu_router_text import grad_router_text, router_text
@@ -20,7 +20,7 @@ from moecompile.kernels.gpu.config import Config
 def supports_router(spec: RouterSpec) -> str | None:
     """Why these kernels cannot run this router, or None."""
     casts = [step[1] for step in spec.post if step[0] == "cast"]
-    if wrong := [d for d in (spec.score_dtype, *casts) if d not in gpu_text.TYPES]:
+    if wrong := [d for d in (spec.score_dtype, *casts) if d not in gpu_weights.TYPES]:
         return f"the GPU router computes in float16, bfloat16 and float32, got {wrong[0]}"
     if unknown := [s[0] for s in spec.post if s[0] not in ("softmax", "sigmoid", "cast", "scale", "normalise")]:
         return f"the GPU router has no step {unknown[0]!r}"

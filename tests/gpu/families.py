@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from moecompile.codegen import gpu, gpu_choose, gpu_load, gpu_router_text, gpu_text
+from moecompile.codegen import gpu, gpu_choose, gpu_load, gpu_router_text, gpu_text, gpu_weights
 from moecompile.codegen.gpu_choose import Target
 from moecompile.ir.spec import ExpertsSpec, Groups, RouterSpec, WeightOn
 from moecompile.kernels.gpu import permute
@@ -17,7 +17,7 @@ GEMMS = ("up", "down", "grad_z", "grad_rows", "grad_matrix")
 
 def of_experts(spec: ExpertsSpec, tokens: int, target: Target) -> Iterator[tuple[str, str, Kernel]]:
     """(family with its form, function, kernel) with the numbers that are chosen for `tokens` on `target`."""
-    layouts = gpu_text.contiguous_layouts(spec)
+    layouts = gpu_weights.contiguous_layouts(spec)
     on_output, on_input = spec.weight_on is WeightOn.OUTPUT, spec.weight_on is WeightOn.INPUT
     forward = gpu._Builder(spec, layouts, tokens, target, "up")
     backward = gpu._Builder(spec, layouts, tokens, target, "grad_z")
@@ -32,7 +32,7 @@ def of_experts(spec: ExpertsSpec, tokens: int, target: Target) -> Iterator[tuple
     yield "grad_z", "grad_z", backward.get("grad_z", need_y=True, parts=on_output)
     yield "grad_rows", "grad_rows", backward.get("grad_rows", parts=on_input)
     yield "grad_weights", "grad_weights", backward.get("grad_weights", num_parts=8)
-    for name, _ in gpu_text.named(spec):
+    for name, _ in gpu_weights.named(spec):
         family = "grad_matrix" if name == "d" or name.startswith("w") else "grad_vector"
         yield f"{family} {name}", family, backward.get(family, which=name)
     config = forward.config("permute")

@@ -15,7 +15,7 @@ import torch
 
 from moecompile.analysis.machine import MACHINES
 from moecompile.autotune import candidates, family, key
-from moecompile.codegen import gpu_offline, gpu_text
+from moecompile.codegen import gpu_offline, gpu_weights
 from moecompile.codegen.gpu_choose import TARGETS
 from moecompile.ir.spec import WeightOn
 from tests.gpu import families, layers
@@ -60,7 +60,7 @@ def test_every_family_compiles(name: str, target_name: str, rows: float, record:
     tokens = max(1, int(rows * spec.num_experts / spec.top_k))
     small, large = EXPECTED[target_name]
     for form, function, kernel in families.of_experts(spec, tokens, target):
-        built = gpu_offline.compile_for(kernel, function, target, spec, gpu_text.contiguous_layouts(spec))
+        built = gpu_offline.compile_for(kernel, function, target, spec, gpu_weights.contiguous_layouts(spec))
         where = f"{name} {form} {target_name} at {rows} rows an expert"
         assert built.spills == 0, f"{where}: {built.spills} bytes spilt"
         assert built.shared <= target.shared_memory, where
@@ -104,7 +104,7 @@ def test_every_op_of_an_activation_compiles(op: str) -> None:
         target = TARGETS[target_name]
         for form, function, kernel in families.of_experts(spec, 64, target):
             if form in ("up (train)", "grad_z"):
-                gpu_offline.compile_for(kernel, function, target, spec, gpu_text.contiguous_layouts(spec))
+                gpu_offline.compile_for(kernel, function, target, spec, gpu_weights.contiguous_layouts(spec))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import re
 import pytest
 import torch
 
-from moecompile.codegen import gpu, gpu_choose, gpu_router_text, gpu_text
+from moecompile.codegen import gpu, gpu_choose, gpu_expr, gpu_router_text, gpu_text, gpu_weights
 from moecompile.codegen.gpu import Config, supports_experts, supports_router
 from moecompile.errors import Unsupported
 from moecompile.ir import expr
@@ -29,7 +29,7 @@ CONFIG = Config(16, 32, 32, 4, 3)
 
 def text(spec: object, family: str, **options: object) -> str:
     given = tuple(sorted(options.items()))
-    return gpu_text.experts_text(spec, gpu_text.contiguous_layouts(spec), family, CONFIG, gpu_text.Style(), given)  # type: ignore[arg-type]
+    return gpu_text.experts_text(spec, gpu_weights.contiguous_layouts(spec), family, CONFIG, gpu_text.Style(), given)  # type: ignore[arg-type]
 
 
 GOLDENS = {
@@ -114,7 +114,7 @@ def test_spliced_lines_compute_the_expression(name: str) -> None:
 
     h = [torch.linspace(-9, 9, 41, dtype=torch.float64), torch.linspace(8, -8, 41, dtype=torch.float64)]
     scope = {"tl": Language, "h0": h[0], "h1": h[1]}
-    lines = compile(gpu_text.splice(wanted, indent=""), "spliced", "exec")
+    lines = compile(gpu_expr.splice(wanted, indent=""), "spliced", "exec")
     exec(lines, scope)
     for key, e in wanted:
         got, want = torch.as_tensor(scope[key]), torch.as_tensor(expr.evaluate(e, h), dtype=torch.float64)

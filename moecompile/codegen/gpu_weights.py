@@ -1,0 +1,109 @@
+"""Where the weights of a layer lie, and how a text spells their addresses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from moecompile.ir.spec import ExpertsSpec, Weight
+
+TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
+
+
+def _term(index: str, stride: int) -> str:
+    return index if stride == 1 else f"{index} * {stride}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where element (e, n, k) of one weight lies: `offset + e*e_ + n*n_ + k*k_` elements from the pointer `arg`, or, where
+    the experts are separate parameters, from the pointer found at arg[e].  `aligned`: those pointers divide by 16."""
+
+    name: str
+    stacked: bool
+    offset: int
+    e: int
+    n: int
+    k: int
+    dtype: torch.dtype
+    aligned: bool = True
+
+    @property
+    def arg(self) -> str:
+        return self.name.upper()
+
+    @property
+    def index(self) -> int:
+        """Which projection this weight or bias belongs to."""
+        return int(self.name[1:])
+
+    def offset_of(self, e: str) -> str:
+        parts = [*([_term(e, self.e)] if self.e else []), *([str(self.offset)] if self.offset else [])]
+        return f"({' + '.join(parts)})" if len(parts) > 1 else parts[0] if parts else "0"
+
+    def base(self, e: str = "e64", mask: str = "") -> str:
+        """The pointer to element (e, 0, 0)."""
+        if self.stacked:
+            return f"{self.arg} + {self.offset_of(e)}"
+        address = f"tl.load({self.arg} + {e}{f', mask={mask}, other=0' if mask else ''})"
+        if self.aligned and not mask:
+            address = f"tl.multiple_of({address}, 16)"
+        pointer = f"{address}.to(tl.pointer_type({TYPES[self.dtype]}))"
+        return f"{pointer} + {self.offset}" if self.offset else pointer
+
+    def at(self, n: str, k: str = "") -> str:
+        return " + ".join([_term(n, self.n), *([_term(k, self.k)] if k else [])])
+
+    def along(self, k: str) -> str:
+        return _term(k, self.k)
+
+    def step(self, k0: str) -> str:
+        return " + " + _term(k0, self.k)
+
+    def step_n(self, n0: str) -> str:
+        return " + " + _term(n0, self.n)
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """The layout of every weight of a layer, by part."""
+
+    projections: tuple[Layout, ...]
+    projection_bias: tuple[Layout | None, ...]
+    down: Layout
+    down_bias: Layout | None
+
+
+def named(spec: ExpertsSpec) -> list[tuple[str, Weight]]:
+    """Every weight with its name in the text, in the order of spec.weights()."""
+    found: list[tuple[str, Weight | None]] = [(f"w{i}", w) for i, w in enumerate(spec.projections)]
+    found += [(f"b{i}", b) for i, b in enumerate(spec.projection_bias)]
+    found += [("d", spec.down), ("db", spec.down_bias)]
+    return [(name, w) for name, w in found if w is not None]
+
+
+def collect(spec: ExpertsSpec, layouts: dict[str, Layout]) -> Layouts:
+    count = len(spec.projections)
+    return Layouts(
+        tuple(layouts[f"w{i}"] for i in range(count)),
+        tuple(layouts.get(f"b{i}") for i in range(count)),
+        layouts["d"],
+        layouts.get("db"),
+    )
+
+
+def interleaved(spec: ExpertsSpec, layouts: Layouts) -> bool:
+    """Whether the two projections are every second column of one weight: read together, in one product, and split after."""
+    if len(layouts.projections) != 2 or spec.projections[0].params != spec.projections[1].params:
+        return False
+    gate, up = layouts.projections
+    same = (gate.stacked, gate.e, gate.n, gate.k, gate.dtype) == (up.stacked, up.e, up.n, up.k, up.dtype)
+    return same and gate.stacked and gate.n == 2 and up.offset == gate.offset + 1
+
+
+@lru_cache(1024)
+def contiguous_layouts(spec: ExpertsSpec) -> Layouts:
+    """Every parameter contiguous, aligned and of the spec's dtype."""
+    return collect(spec, {n: Layout(n, w.stacked, w.offset, w.e, w.n, w.k, spec.dtype) for n, w in named(spec)})
