@@ -34,16 +34,27 @@ def decode_up(X, {{ weights }}{% if on_input %}SCALE, {% endif %}IDS, Y):
 {% if on_input %}
     scale = tl.load(SCALE + pair).to(tl.float32)
 {% endif %}
+{% if interleaved %}
+    both = tl.program_id(1) * (2 * BN) + tl.arange(0, 2 * BN)  # gate and up columns alternate in memory
+    w_at = {{ W[0].base() }} + both[:, None] + {{ W[0].along("k[None, :]") }}
+    acc = tl.zeros((2 * BN, BK), tl.float32)
+{% else %}
 {% for w in W %}
     {{ w.name }}_at = {{ w.base() }} + {{ w.at("n[:, None]", "k[None, :]") }}
     acc{{ loop.index0 }} = tl.zeros((BN, BK), tl.float32)
 {% endfor %}
+{% endif %}
     for k0 in range(0, H, BK):
         x = {{ load("x_at + k0", H % BK and "k0 + k < H") }}
 {% if on_input %}
         x = x.to(tl.float32) * scale
 {% endif %}
         x = x.to({{ dtype }}).to(tl.float32)[None, :]
+{% if interleaved %}
+        w = {{ load("w_at" ~ W[0].step("k0"), F % BN and "(both < 2 * F)[:, None]", H % BK and "(k0 + k < H)[None, :]") }}
+        acc += w.to(tl.float32) * x
+    h0, h1 = tl.split(tl.reshape(tl.sum(acc, 1), (BN, 2)))
+{% else %}
 {% for w in W %}
         {{ w.name }} = {{ load(w.name ~ "_at" ~ w.step("k0"), F % BN and "(n < F)[:, None]", H % BK and "(k0 + k < H)[None, :]") }}
         acc{{ loop.index0 }} += {{ w.name }}.to(tl.float32) * x
@@ -51,6 +62,7 @@ def decode_up(X, {{ weights }}{% if on_input %}SCALE, {% endif %}IDS, Y):
 {% for w in W %}
     h{{ loop.index0 }} = tl.sum(acc{{ loop.index0 }}, 1)
 {% endfor %}
+{% endif %}
 {% for b in B if b %}
     h{{ b.index }} += {{ load(b.base() ~ " + " ~ b.at("n"), F % BN and "n < F") }}.to(tl.float32)
 {% endfor %}

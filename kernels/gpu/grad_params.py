@@ -1,7 +1,7 @@
 """Gradients of one expert weight and of one expert bias: sums over the rows of each expert.
 
 Both operands of a weight's gradient are read by rows: one lies in expert order, the other is gathered by token.  An expert
-without rows gets exact zeros.
+without rows gets exact zeros.  Projections that continue each other in their parameter are one matrix.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Grid: (tiles of N * tiles of M, E)."""
         scale = tl.load(SCALE + pair, mask=live, other=0.0).to(tl.float32)
 {% endif %}
         pair = tl.load(ORDER + row + BM, mask=row + BM < end, other=0)
-        a = {{ load("A + " ~ ("token64" if gathers_a else "row64") ~ "[None, :] * " ~ lda ~ " + (n + " ~ a_offset ~ ")[:, None]", \
+        a = {{ load("A + " ~ ("token64" if gathers_a else "row64") ~ "[None, :] * " ~ lda ~ " + " ~ a_column ~ "[:, None]", \
 "live[None, :]", N % BN and "(n < N)[:, None]") }}.to({{ dtype }})
         b = {{ load("B + " ~ ("row64" if gathers_a else "token64") ~ "[:, None] * M + m[None, :]", \
 "live[:, None]", M % BK and "(m < M)[None, :]") }}
@@ -63,7 +63,7 @@ Grid: (N / BN, E)."""
 {% else %}
         at = row.to(tl.int64)
 {% endif %}
-        a = {{ load("A + at[:, None] * " ~ lda ~ " + (n + " ~ a_offset ~ ")[None, :]", \
+        a = {{ load("A + at[:, None] * " ~ lda ~ " + " ~ a_column ~ "[None, :]", \
 "live[:, None]", N % BN and "(n < N)[None, :]") }}
 {% if scaled %}
         a = a.to(tl.float32) * tl.load(SCALE + pair, mask=live, other=0.0).to(tl.float32)[:, None]

@@ -1,4 +1,8 @@
-"""Backward through the up projections: the gradient of each gathered row of x, in expert order."""
+"""Backward through the up projections: the gradient of each gathered row of x, in expert order.
+
+Projections that continue each other in memory, one after the other or column by column, are one product over all their
+columns.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +16,19 @@ from moecompile.kernels.gpu.permute import Routing
 SOURCE = '''\
 @triton.jit(do_not_specialize=["tiles"])
 def grad_rows(DZ, {{ weights }}TILE_MAP, {% if parts %}X, ORDER, {% endif %}OFFSETS, DROWS, {% if parts %}PARTS, {% endif %}tiles):
-    """DROWS[row] = sum over i of DZ_i[row] W_i[e]\
+    """DROWS[row] = {{ "DZ[row] W[e], all projections at once" if reads | length < P else "sum over i of DZ_i[row] W_i[e]" }}\
 {% if parts %};  PARTS[row, column] = sum of DROWS[row] * X[token] over this column{% endif %}. Grid: (tiles * N_TILES,)."""
 {% include "tile" %}
     n = column * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
     acc = tl.zeros((BM, BN), tl.float32)
-{% for w in W %}
-    dz_at = DZ + row64[:, None] * {{ P * F }} + (k + {{ loop.index0 * F }})[None, :]
+{% for w, first, depth in reads %}
+    dz_at = DZ + row64[:, None] * {{ P * F }} + {{ "(k + %d)" % first if first else "k" }}[None, :]
     {{ w.name }}_at = {{ w.base() }} + {{ w.at("k[:, None]", "n[None, :]") }}
-    for k0 in range(0, F, BK):
-        dz = {{ load("dz_at + k0", "live[:, None]", F % BK and "(k0 + k < F)[None, :]") }}
+    for k0 in range(0, {{ depth }}, BK):
+        dz = {{ load("dz_at + k0", "live[:, None]", depth % BK and "(k0 + k < %d)[None, :]" % depth) }}
         {{ w.name }} = {{ load(w.name ~ "_at" ~ w.step_n("k0"), \
-H % BN and "(n < H)[None, :]", F % BK and "(k0 + k < F)[:, None]") }}
+H % BN and "(n < H)[None, :]", depth % BK and "(k0 + k < %d)[:, None]" % depth) }}
         acc = {{ dot("dz", w.name, "acc") }}
 {% endfor %}
 {% if parts %}

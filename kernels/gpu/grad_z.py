@@ -1,4 +1,8 @@
-"""Backward through the down projection and the activation, which is computed again from what the forward kept."""
+"""Backward through the down projection and the activation, which is computed again from what the forward kept.
+
+The activation's value is stored before its derivatives are computed, from projections that are read again: held at the same
+time they need more registers than a thread has (gpt-oss on sm_80: 255 and spills, against 186).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,12 @@ from moecompile.kernels.gpu.config import Kernel
 from moecompile.kernels.gpu.permute import Routing
 
 SOURCE = '''\
+{% macro kept() %}
+{% for w in W %}
+    h{{ loop.index0 }} = {{ load("Z + row64[:, None] * " ~ P * F ~ " + (n + " ~ loop.index0 * F ~ ")[None, :]", \
+"live[:, None]", F % BN and "(n < F)[None, :]") }}.to(tl.float32)
+{% endfor %}
+{% endmacro %}
 @triton.jit(do_not_specialize=["tiles"])
 def grad_z(G, {{ weights }}{% if on_output %}SCALE, {% endif %}Z, TILE_MAP, ORDER, OFFSETS, DZ, \
 {% if need_y %}Y, {% endif %}{% if parts %}PARTS, {% endif %}tiles):
@@ -27,27 +37,38 @@ def grad_z(G, {{ weights }}{% if on_output %}SCALE, {% endif %}Z, TILE_MAP, ORDE
         g = {{ load("g_at + k0", "live[:, None]", O % BK and "(k0 + k < O)[None, :]") }}.to({{ dtype }})
         d = {{ load("d_at" ~ D.step_n("k0"), F % BN and "(n < F)[None, :]", O % BK and "(k0 + k < O)[:, None]") }}
         acc = {{ dot("g", "d", "acc") }}
-{% for w in W %}
-    h{{ loop.index0 }} = {{ load("Z + row64[:, None] * " ~ P * F ~ " + (n + " ~ loop.index0 * F ~ ")[None, :]", \
-"live[:, None]", F % BN and "(n < F)[None, :]") }}.to(tl.float32)
-{% endfor %}
+{% if on_output %}
+    scale = tl.load(SCALE + pair, mask=live, other=0.0).to(tl.float32)[:, None]
+{% endif %}
+{% if activation %}
+{{ kept() -}}
 {{ activation }}
+{% endif %}
 {% if parts %}
     part = tl.where(live[:, None]{% if F % BN %} & (n < F)[None, :]{% endif %}, acc * y, 0.0)
     tl.store(PARTS + row64 * N_TILES + column, tl.sum(part, 1), mask=live)
-{% endif %}
-{% if on_output %}
-    scale = tl.load(SCALE + pair, mask=live, other=0.0).to(tl.float32)[:, None]
-    acc *= scale
 {% endif %}
 {% if need_y %}
     {{ store("Y + row64[:, None] * F + n[None, :]", ("(scale * y)" if on_output else "y") ~ ".to(Y.dtype.element_ty)", \
 "live[:, None]", F % BN and "(n < F)[None, :]") }}
 {% endif %}
+{{ kept() -}}
+{{ derivatives }}
+{% if on_output %}
+    acc *= scale
+{% endif %}
+{% if interleaved %}
+    both = column * (2 * BN) + tl.arange(0, 2 * BN)  # as gate and up alternate in their weight
+    dz0, dz1 = (acc * dh0).to(DZ.dtype.element_ty), (acc * dh1).to(DZ.dtype.element_ty)
+    dz = tl.reshape(tl.join(dz0, dz1), (BM, 2 * BN))
+    {{ store("DZ + row64[:, None] * " ~ 2 * F ~ " + both[None, :]", "dz", \
+"live[:, None]", F % BN and "(both < %d)[None, :]" % (2 * F)) }}
+{% else %}
 {% for w in W %}
     {{ store("DZ + row64[:, None] * " ~ P * F ~ " + (n + " ~ loop.index0 * F ~ ")[None, :]", \
 "(acc * dh" ~ loop.index0 ~ ").to(DZ.dtype.element_ty)", "live[:, None]", F % BN and "(n < F)[None, :]") }}
 {% endfor %}
+{% endif %}
 '''
 
 

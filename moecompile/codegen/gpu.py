@@ -277,17 +277,20 @@ class GpuImplementation:
                 bias = downs[1:] if s_here else []
                 kernel = build.get("grad_weights", num_parts=sums.shape[1])
                 grad_weights.launch(kernel, sums, routing.place, grad, ids, bias, found[1])
-        for name in wanted:
-            of_down = name.startswith("d")
+        for which in gpu_weights.gradients(s, build.layouts):
+            out = wanted.get("w0" if which == "w" else which)
+            if out is None:
+                continue
+            of_down = which.startswith("d")
             a = grad if of_down else dz
-            if name == "d" or name.startswith("w"):
-                size, b = ((O, F), y) if of_down else ((F, H), x)
+            if which == "d" or which.startswith("w"):
+                size, b = ((O, F), y) if of_down else ((len(s.projections) * F if which == "w" else F, H), x)
                 assert b is not None
-                kernel, scale = build.get("grad_matrix", which=name), None if of_down else on_input
-                grad_params.launch_matrix(kernel, size, E, a, b, scale, routing.order, routing.offsets, wanted[name])
+                kernel, scale = build.get("grad_matrix", which=which), None if of_down else on_input
+                grad_params.launch_matrix(kernel, size, E, a, b, scale, routing.order, routing.offsets, out)
             else:
-                kernel, scale = build.get("grad_vector", which=name), on_output if of_down else None
-                grad_params.launch_vector(kernel, O if of_down else F, E, a, scale, routing.order, routing.offsets, wanted[name])
+                kernel, scale = build.get("grad_vector", which=which), on_output if of_down else None
+                grad_params.launch_vector(kernel, O if of_down else F, E, a, scale, routing.order, routing.offsets, out)
 
 
 def _dense(t: Any) -> Any:

@@ -18,7 +18,7 @@ import jinja2
 import torch
 
 from moecompile.codegen.gpu_expr import number, splice
-from moecompile.codegen.gpu_weights import TYPES, Layout, Layouts, interleaved, named
+from moecompile.codegen.gpu_weights import TYPES, Layout, Layouts, interleaved, named, read_together
 from moecompile.ir import expr
 from moecompile.ir.spec import ExpertsSpec, OutOfRange, WeightOn
 from moecompile.kernels.gpu import (
@@ -137,7 +137,7 @@ def experts_text(
     grad_z        need_y, parts         the activated rows are kept; the routing weights get a gradient
     grad_rows     parts                 the routing weights get a gradient
     grad_weights  num_parts             columns of PARTS
-    grad_matrix   which                 "w0", "w1", .. or "d"
+    grad_matrix   which                 "w0", "w1", .. or "d"; "w" for all projections at once, see gradients()
     grad_vector   which                 "b0", "b1", .. or "db"
     """
     given = dict(options)
@@ -170,39 +170,40 @@ def experts_text(
         context["weights"] = _args([layouts.down, layouts.down_bias])
     elif family == "grad_z":
         derivatives = [(f"dh{i}", expr.derivative(spec.activation, i)) for i in range(P)]
-        needs_y = [("y", spec.activation)] if given["need_y"] or given["parts"] else []
-        context |= {"weights": _args([layouts.down]), "activation": splice([*needs_y, *derivatives])}
+        activation = splice([("y", spec.activation)]) if given["need_y"] or given["parts"] else ""
+        context |= {"weights": _args([layouts.down]), "activation": activation, "derivatives": splice(derivatives)}
     elif family == "grad_rows":
-        context["weights"] = _args(layouts.projections)
+        context |= {"weights": _args(layouts.projections), "reads": read_together(spec, layouts)}
     elif family == "combine":
         constants["N"] = given["width"]
     elif family == "grad_weights":
         bias = layouts.down_bias is not None and on_output
         context |= {"bias": bias, "weights": _args([layouts.down_bias]), "parts_block": next_power(given["num_parts"])}
     elif family in ("grad_matrix", "grad_vector"):
-        context |= _grad_context(spec, given["which"])
+        context |= _grad_context(spec, layouts, given["which"])
         constants |= {"N": context["n"], "M": context["k"], "M_TILES": -(-context["k"] // config.block_k)}
     if family.startswith("decode"):
         context["expert"] = _ENVIRONMENT.from_string(decode.EXPERT).render(wraps=context["wraps"]).rstrip("\n")
     return module(family, _title(spec), config, constants, context | given)
 
 
-def _grad_context(spec: ExpertsSpec, which: str) -> dict[str, Any]:
+def _grad_context(spec: ExpertsSpec, layouts: Layouts, which: str) -> dict[str, Any]:
     """What the gradient of weight or bias `which` sums, and where it goes: always laid out as a contiguous parameter.
     Separate parameters get their gradients as slices of one stack."""
-    weight = dict(named(spec))[which]
+    weight = spec.projections[0] if which == "w" else dict(named(spec))[which]
     H, F, O, P = spec.hidden, spec.intermediate, spec.out_features, len(spec.projections)
-    stride = weight.e if weight.stacked else math.prod(weight.shape)
-    out = Layout(which, True, weight.offset, stride, weight.n, weight.k, spec.dtype)
+    stride, alternate = weight.e if weight.stacked else math.prod(weight.shape), interleaved(spec, layouts)
+    n_stride = weight.n // 2 if which == "w" and alternate else weight.n
+    out = Layout(which, True, weight.offset, stride, n_stride, weight.k, spec.dtype)
     of_down = which.startswith("d")
-    index = 0 if of_down else int(which[1:])
+    index = "" if of_down or which == "w" else which[1:]
     matrix = which == "d" or which.startswith("w")
     scaled = spec.weight_on is (WeightOn.INPUT if matrix else WeightOn.OUTPUT) and (of_down != matrix)
     return {
-        "n": O if of_down else F,
+        "n": O if of_down else P * F if which == "w" else F,
         "k": F if of_down else H,
         "lda": O if of_down else P * F,
-        "a_offset": 0 if of_down else index * F,
+        "a_column": f"(n * 2 + {index})" if index and alternate else f"(n + {int(index) * F})" if index else "n",
         "gathers_a": of_down,
         "scaled": scaled,
         "out": out,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -95,12 +97,46 @@ def collect(spec: ExpertsSpec, layouts: dict[str, Layout]) -> Layouts:
 
 
 def interleaved(spec: ExpertsSpec, layouts: Layouts) -> bool:
-    """Whether the two projections are every second column of one weight: read together, in one product, and split after."""
+    """Whether the two projections are every second column of one weight, in memory and in the parameter as it would be if
+    contiguous: read together, in one product, and split after."""
     if len(layouts.projections) != 2 or spec.projections[0].params != spec.projections[1].params:
         return False
     gate, up = layouts.projections
     same = (gate.stacked, gate.e, gate.n, gate.k, gate.dtype) == (up.stacked, up.e, up.n, up.k, up.dtype)
-    return same and gate.stacked and gate.n == 2 and up.offset == gate.offset + 1
+    first, second = spec.projections
+    return same and gate.stacked and gate.n == 2 and up.offset == gate.offset + 1 and 2 * (second.offset - first.offset) == first.n
+
+
+def adjacent(spec: ExpertsSpec, projections: Sequence[Layout | Weight]) -> bool:
+    """Whether each projection begins where the one before it ends: all rows together are one matrix [P*F, H]."""
+    first, step = projections[0], spec.intermediate * projections[0].n
+    one = len({w.params for w in spec.projections}) == 1
+    return (
+        one
+        and len(projections) * step + spec.hidden * first.k < 2**31
+        and all(
+            (w.stacked, w.e, w.n, w.k, w.offset) == (first.stacked, first.e, first.n, first.k, first.offset + i * step)
+            for i, w in enumerate(projections)
+        )
+    )
+
+
+def read_together(spec: ExpertsSpec, layouts: Layouts) -> tuple[tuple[Layout, int, int], ...]:
+    """What the gradient of x multiplies: (weight, first column of DZ, columns), one where all projections are one matrix."""
+    F, weights = spec.intermediate, layouts.projections
+    if interleaved(spec, layouts):
+        return ((dataclasses.replace(weights[0], n=1), 0, 2 * F),)
+    if adjacent(spec, weights):
+        return ((weights[0], 0, len(weights) * F),)
+    return tuple((w, i * F, F) for i, w in enumerate(weights))
+
+
+def gradients(spec: ExpertsSpec, layouts: Layouts) -> list[str]:
+    """What each launch of grad_matrix and grad_vector is for: names as in named(), "w" for all projections at once."""
+    names = [name for name, _ in named(spec)]
+    if not (interleaved(spec, layouts) or adjacent(spec, spec.projections)):
+        return names
+    return ["w", *(name for name in names if not name.startswith("w"))]
 
 
 @lru_cache(1024)

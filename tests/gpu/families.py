@@ -32,7 +32,7 @@ def of_experts(spec: ExpertsSpec, tokens: int, target: Target) -> Iterator[tuple
     yield "grad_z", "grad_z", backward.get("grad_z", need_y=True, parts=on_output)
     yield "grad_rows", "grad_rows", backward.get("grad_rows", parts=on_input)
     yield "grad_weights", "grad_weights", backward.get("grad_weights", num_parts=8)
-    for name, _ in gpu_weights.named(spec):
+    for name in gpu_weights.gradients(spec, layouts):
         family = "grad_matrix" if name == "d" or name.startswith("w") else "grad_vector"
         yield f"{family} {name}", family, backward.get(family, which=name)
     config = forward.config("permute")

@@ -41,7 +41,8 @@ LAYERS = {
 }
 ROWS = (0.03, 8.0, 512.0)  # per expert
 CASES = [("qwen3", target, rows) for target in TARGETS for rows in ROWS]
-CASES += [(name, "sm_90", 512.0) for name in LAYERS if name != "qwen3"] + [("gpt-oss", "gfx942", 512.0)]
+CASES += [(name, "sm_90", 512.0) for name in LAYERS if name != "qwen3"]
+CASES += [("gpt-oss", target, rows) for target in TARGETS for rows in (0.03, 512.0) if (target, rows) != ("sm_90", 512.0)]
 EXPECTED = {
     "sm_80": ({"mma.sync"}, {"mma.sync"}),
     "sm_90": ({"mma.sync", "wgmma.mma_async"}, {"wgmma.mma_async"}),

@@ -54,7 +54,7 @@ def test_sizes_and_dtypes(sizes: tuple[int, int, int], dtype: torch.dtype) -> No
 @pytest.mark.parametrize("layout", layers.LAYOUTS)
 @pytest.mark.parametrize("tokens", (1, ROWS + 1))
 def test_layouts(layout: str, tokens: int) -> None:
-    spec = layer(E=6, layout=layout)
+    spec = layer(E=6, layout=layout, bias=True)
     agree.forward(spec, layers.inputs(spec, tokens, "holes"))
     agree.training(spec, layers.inputs(spec, tokens, "holes"))
 

@@ -39,6 +39,8 @@ def token() -> None:
         given = layers.inputs(spec, 1)
         given.ids = torch.tensor([[3, 8, -1, 2]])
         agree.forward(spec, given)
+    spec = layer(E=8, layout="interleaved-transposed")
+    agree.forward(spec, layers.inputs(spec, 1))
     agree.nan_stays_alone(layer(E=8), 2)
 
 
@@ -51,8 +53,10 @@ def many() -> None:
     spec = layer(E=1, K=1, F=33, bias=False)
     agree.training(spec, layers.inputs(spec, 17))
     agree.nan_stays_alone(layer(), 5)
-    spec = layer(layout="interleaved-transposed")
-    agree.forward(spec, layers.inputs(spec, 5))
+    for layout in ("interleaved-transposed", "split"):
+        spec = layer(layout=layout)
+        agree.forward(spec, layers.inputs(spec, 5))
+        agree.training(spec, layers.inputs(spec, 5))
 
 
 def on_input() -> None:
