@@ -2,6 +2,10 @@
 
 Both operands of a weight's gradient are read by rows: one lies in expert order, the other is gathered by token.  An expert
 without rows gets exact zeros.  Projections that continue each other in their parameter are one matrix.
+
+Into a main gradient (MAIN, float32, or MAINS, the addresses of one per expert) the sums are added: each element is read and
+written by one program, and those of an expert without rows are not touched.  A matrix is added half by half: all of a tile
+and of what it is added to at once spilt on sm_90 (128 x 128, separate parameters).
 """
 
 from __future__ import annotations
@@ -14,14 +18,19 @@ from moecompile.kernels.gpu.config import Kernel
 
 MATRIX = '''\
 @triton.jit
-def grad_matrix(A, B, {% if scaled %}SCALE, {% endif %}ORDER, OFFSETS, DW):
-    """DW[e] [N,M] = sum over the rows of e of A^T B, with {{ "A[token]" if gathers_a else "B[token]" }} gathered. \
+def grad_matrix(A, B, {% if scaled %}SCALE, {% endif %}ORDER, OFFSETS, {{ out.arg }}):
+    """{{ out.arg }}[e] [N,M] {{ "+=" if into else "=" }} sum over the rows of e of A^T B, \
+with {{ "A[token]" if gathers_a else "B[token]" }} gathered. \
 Grid: (tiles of N * tiles of M, E)."""
     tile, e = tl.program_id(0), tl.program_id(1)
     n = tile // M_TILES * BN + tl.arange(0, BN)
     m = tile % M_TILES * BK + tl.arange(0, BK)
     r = tl.arange(0, BM)
     start, end = tl.load(OFFSETS + e), tl.load(OFFSETS + e + 1)
+{% if into %}
+    if start == end:
+        return
+{% endif %}
     acc = tl.zeros((BN, BK), tl.float32)
     pair = tl.load(ORDER + start + r, mask=start + r < end, other=0)
     for row0 in range(start, end, BM):
@@ -41,18 +50,37 @@ Grid: (tiles of N * tiles of M, E)."""
         b = b.to(tl.float32) * scale[:, None]
 {% endif %}
         acc = {{ dot("a", "b.to(" ~ dtype ~ ")", "acc") }}
-    at = DW + {{ out.offset_of("e.to(tl.int64)") }} + {{ out.at("n[:, None]", "m[None, :]") }}
+{% if into %}
+    m = tile % M_TILES * BK + tl.arange(0, BK // 2)
+    sums0, sums1 = tl.split(tl.permute(tl.reshape(acc, (BN, 2, BK // 2)), (0, 2, 1)))
+    main = {{ out.base("e.to(tl.int64)") }}
+{% for i in range(2) %}
+    at = main + {{ out.at("n[:, None]", "m[None, :]") }}
+    sums{{ i }} += {{ load("at", N % BN and "(n < N)[:, None]", M % BK and "(m < M)[None, :]") }}
+    {{ store("at", "sums%d" % i, N % BN and "(n < N)[:, None]", M % BK and "(m < M)[None, :]") }}
+{% if loop.first %}
+    m += BK // 2
+{% endif %}
+{% endfor %}
+{% else %}
+    at = {{ out.base("e.to(tl.int64)") }} + {{ out.at("n[:, None]", "m[None, :]") }}
     {{ store("at", "acc.to(DW.dtype.element_ty)", N % BN and "(n < N)[:, None]", M % BK and "(m < M)[None, :]") }}
+{% endif %}
 '''
 
 VECTOR = '''\
 @triton.jit
-def grad_vector(A, {% if scaled %}SCALE, {% endif %}ORDER, OFFSETS, DB):
-    """DB[e] [N] = sum over the rows of e of {% if scaled %}scale * {% endif %}A[{{ "token" if gathers_a else "row" }}]. \
+def grad_vector(A, {% if scaled %}SCALE, {% endif %}ORDER, OFFSETS, {{ out.arg }}):
+    """{{ out.arg }}[e] [N] {{ "+=" if into else "=" }} \
+sum over the rows of e of {% if scaled %}scale * {% endif %}A[{{ "token" if gathers_a else "row" }}]. \
 Grid: (N / BN, E)."""
     e = tl.program_id(1)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     start, end = tl.load(OFFSETS + e), tl.load(OFFSETS + e + 1)
+{% if into %}
+    if start == end:
+        return
+{% endif %}
     acc = tl.zeros((BN,), tl.float32)
     for row0 in range(start, end, BM):
         row = row0 + tl.arange(0, BM)
@@ -69,7 +97,11 @@ Grid: (N / BN, E)."""
         a = a.to(tl.float32) * tl.load(SCALE + pair, mask=live, other=0.0).to(tl.float32)[:, None]
 {% endif %}
         acc += tl.sum(a.to(tl.float32), 0)
-    {{ store("DB + " ~ out.offset_of("e.to(tl.int64)") ~ " + " ~ out.at("n"), "acc.to(DB.dtype.element_ty)", N % BN and "n < N") }}
+    to = {{ out.base("e.to(tl.int64)") }} + {{ out.at("n") }}
+{% if into %}
+    acc += {{ load("to", N % BN and "n < N") }}
+{% endif %}
+    {{ store("to", "acc" if into else "acc.to(DB.dtype.element_ty)", N % BN and "n < N") }}
 '''
 
 
@@ -84,7 +116,8 @@ def launch_matrix(
     offsets: Tensor,
     out: Tensor,
 ) -> None:
-    """a, b with their rows -> the [E,N,M] view of `out` that the kernel was made for; `size` = (N, M)."""
+    """a, b with their rows -> the [E,N,M] view of `out` that the kernel was made for, or the addresses of main gradients;
+    `size` = (N, M)."""
     n, m = size
     tiles = -(-n // kernel.config.block_n) * -(-m // kernel.config.block_k)
     scales: Sequence[Tensor] = [] if scale is None else [scale]

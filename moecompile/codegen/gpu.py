@@ -216,15 +216,20 @@ class GpuImplementation:
         region: str,
         saved: Tensor,
         needs: Sequence[bool],
+        main_grads: Sequence[Tensor | None] = (),
     ) -> list[Tensor]:
-        """Gradients of x, weights and each parameter: contiguous, empty where not needed."""
+        """Gradients of x, weights and each parameter: contiguous, empty where not needed.
+
+        `main_grads`: for each parameter a contiguous float32 tensor of its shape to which its gradient is added instead (the
+        returned one is then empty), or None; nothing of it changes where an expert has no rows.
+        """
         s = experts_from_text(spec)
         found: list[Tensor] = [
             x.new_empty(t.shape) if n and t is not None else x.new_empty(0) for t, n in zip((x, weights), needs[:2], strict=True)
         ]
         if needs[1] and weights is not None:
             found[1] = torch.empty_like(weights, memory_format=torch.contiguous_format)
-        stacks = gpu_layout.gradients(s, params, needs[2:])
+        stacks = gpu_layout.gradients(s, params, needs[2:], main_grads)
         if ids.numel() == 0:
             return [t.zero_() for t in (*found, *stacks.outputs)]
         with on(x.device):
@@ -278,18 +283,19 @@ class GpuImplementation:
                 kernel = build.get("grad_weights", num_parts=sums.shape[1])
                 grad_weights.launch(kernel, sums, routing.place, grad, ids, bias, found[1])
         for which in gpu_weights.gradients(s, build.layouts):
-            out = wanted.get("w0" if which == "w" else which)
-            if out is None:
+            name = "w0" if which == "w" else which
+            if name not in wanted:
                 continue
+            out, into = wanted[name], stacks.into[name]
             of_down = which.startswith("d")
             a = grad if of_down else dz
             if which == "d" or which.startswith("w"):
                 size, b = ((O, F), y) if of_down else ((len(s.projections) * F if which == "w" else F, H), x)
                 assert b is not None
-                kernel, scale = build.get("grad_matrix", which=which), None if of_down else on_input
+                kernel, scale = build.get("grad_matrix", which=which, into=into), None if of_down else on_input
                 grad_params.launch_matrix(kernel, size, E, a, b, scale, routing.order, routing.offsets, out)
             else:
-                kernel, scale = build.get("grad_vector", which=which), on_output if of_down else None
+                kernel, scale = build.get("grad_vector", which=which, into=into), on_output if of_down else None
                 grad_params.launch_vector(kernel, O if of_down else F, E, a, scale, routing.order, routing.offsets, out)
 
 

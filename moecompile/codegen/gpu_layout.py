@@ -87,11 +87,13 @@ def pointers(w: Weight, params: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Gradients:
-    """outputs: one tensor per parameter, empty where not needed; wanted: for each weight that needs one, by name, the
-    tensor its gradient is written to (a parameter's gradient, or the stack of separate ones)."""
+    """outputs: one tensor per parameter, empty where not needed or added to a main gradient; wanted: for each weight that
+    needs one, by name, the tensor its gradient is written to (a parameter's gradient, the stack of separate ones, a main
+    gradient or the addresses of separate ones); into: as gpu_text.experts_text has it, for each of `wanted`."""
 
     outputs: list[Tensor]
     wanted: dict[str, Tensor]
+    into: dict[str, str]
 
 
 def overlap(spec: ExpertsSpec) -> str | None:
@@ -122,11 +124,15 @@ def _first_elements(spec: ExpertsSpec, name: str, w: Weight) -> frozenset[int]:
     return frozenset([*(w.offset + i * w.n for i in range(n)), *(w.offset + i * w.k for i in range(k))])
 
 
-def gradients(spec: ExpertsSpec, params: Sequence[Tensor], needs: Sequence[bool]) -> Gradients:
-    """Room for the gradients of the parameters that need one; zeroed where the weights do not cover a parameter."""
+def gradients(spec: ExpertsSpec, params: Sequence[Tensor], needs: Sequence[bool], mains: Sequence[Tensor | None] = ()) -> Gradients:
+    """Room for the gradients of the parameters that need one; zeroed where the weights do not cover a parameter.
+
+    `mains`: for each parameter its main gradient, or None; none at all where the sequence is empty.
+    """
     used = {p for _, w in gpu_weights.named(spec) for p in w.params}
     outputs = [t.new_zeros(t.shape if n and i not in used else 0) for i, (t, n) in enumerate(zip(params, needs, strict=True))]
     wanted: dict[str, Tensor] = {}
+    into: dict[str, str] = {}
     covered: dict[int, int] = {}
     for name, w in gpu_weights.named(spec):
         for p in w.params:
@@ -134,6 +140,9 @@ def gradients(spec: ExpertsSpec, params: Sequence[Tensor], needs: Sequence[bool]
     stacks: dict[tuple[int, ...], Tensor] = {}
     for name, w in gpu_weights.named(spec):
         if not any(needs[p] for p in w.params):
+            continue
+        if any(mains[p] is not None for p in w.params if mains):
+            wanted[name], into[name] = _main(name, w, params, needs, mains)
             continue
         if w.params not in stacks:
             shape = params[w.params[0]].shape
@@ -145,5 +154,25 @@ def gradients(spec: ExpertsSpec, params: Sequence[Tensor], needs: Sequence[bool]
             for i, p in enumerate(w.params):
                 if needs[p]:
                     outputs[p] = stack[i]
-        wanted[name] = stacks[w.params]
-    return Gradients(outputs, wanted)
+        wanted[name], into[name] = stacks[w.params], ""
+    return Gradients(outputs, wanted, into)
+
+
+def _main(
+    name: str, w: Weight, params: Sequence[Tensor], needs: Sequence[bool], mains: Sequence[Tensor | None]
+) -> tuple[Tensor, str]:
+    """What grad_matrix or grad_vector takes for the main gradients of a weight. ValueError where they cannot be added to."""
+    found = [mains[p] for p in w.params if needs[p]]
+    given = [m for m in found if m is not None]
+    if len(given) < len(w.params):
+        raise ValueError(f"main gradients of {name}: {len(given)} of {len(w.params)} parameters have one, needs all or none")
+    for p, main in zip(w.params, given, strict=True):
+        if main.dtype != torch.float32 or main.shape != params[p].shape or not main.is_contiguous():
+            raise ValueError(
+                f"main gradient of parameter {p}: needs a contiguous float32 tensor of shape {tuple(params[p].shape)}, got"
+                f" {main.dtype} {tuple(main.shape)} with strides {main.stride()}"
+            )
+    if w.stacked:
+        return given[0], "main"
+    aligned = all(m.data_ptr() % 16 == 0 for m in given)
+    return _table(tuple(m.data_ptr() for m in given), given[0].device), "mains" if aligned else "mains anywhere"

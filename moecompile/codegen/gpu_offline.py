@@ -22,7 +22,7 @@ from moecompile.kernels.gpu.config import Kernel
 
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma", "cp.async", "cp.async.bulk")
 INT32 = ("TILE_MAP", "ORDER", "OFFSETS", "PLACE", "COUNTS", "TOTALS")
-FLOAT32 = ("PARTS", "SCALE", "DS", "LOGITS", "BIAS", "WEIGHTS")
+FLOAT32 = ("MAIN", "PARTS", "SCALE", "DS", "LOGITS", "BIAS", "WEIGHTS")
 REGISTERS = 65_536  # 32-bit registers of an SM
 
 
@@ -55,7 +55,7 @@ def signature(function: Any, spec: ExpertsSpec | None, layouts: Layouts | None) 
             types[name] = "i32"
         elif name in INT32:
             types[name] = "*i32"
-        elif name == "IDS" or name in tables:
+        elif name in ("IDS", "MAINS") or name in tables:
             types[name] = "*i64"
         elif name in FLOAT32 or spec is None:
             types[name] = "*fp32"

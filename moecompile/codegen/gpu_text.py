@@ -137,8 +137,10 @@ def experts_text(
     grad_z        need_y, parts         the activated rows are kept; the routing weights get a gradient
     grad_rows     parts                 the routing weights get a gradient
     grad_weights  num_parts             columns of PARTS
-    grad_matrix   which                 "w0", "w1", .. or "d"; "w" for all projections at once, see gradients()
+    grad_matrix   which                 "w0", "w1", .. or "d"; "w" for all projections at once, see gpu_weights.gradients()
     grad_vector   which                 "b0", "b1", .. or "db"
+      both        into                  "" for a gradient of its own; "main", "mains" or "mains anywhere" to add to float32
+                                        main gradients: a stacked one, one per expert, those not aligned to 16 bytes
     """
     given = dict(options)
     H, F, O, P = spec.hidden, spec.intermediate, spec.out_features, len(spec.projections)
@@ -180,24 +182,29 @@ def experts_text(
         bias = layouts.down_bias is not None and on_output
         context |= {"bias": bias, "weights": _args([layouts.down_bias]), "parts_block": next_power(given["num_parts"])}
     elif family in ("grad_matrix", "grad_vector"):
-        context |= _grad_context(spec, layouts, given["which"])
+        context |= _grad_context(spec, layouts, given["which"], given["into"])
         constants |= {"N": context["n"], "M": context["k"], "M_TILES": -(-context["k"] // config.block_k)}
     if family.startswith("decode"):
         context["expert"] = _ENVIRONMENT.from_string(decode.EXPERT).render(wraps=context["wraps"]).rstrip("\n")
     return module(family, _title(spec), config, constants, context | given)
 
 
-def _grad_context(spec: ExpertsSpec, layouts: Layouts, which: str) -> dict[str, Any]:
+def _grad_context(spec: ExpertsSpec, layouts: Layouts, which: str, into: str) -> dict[str, Any]:
     """What the gradient of weight or bias `which` sums, and where it goes: always laid out as a contiguous parameter.
-    Separate parameters get their gradients as slices of one stack."""
+    Separate parameters get their gradients as slices of one stack, unless each has a main gradient."""
     weight = spec.projections[0] if which == "w" else dict(named(spec))[which]
     H, F, O, P = spec.hidden, spec.intermediate, spec.out_features, len(spec.projections)
     stride, alternate = weight.e if weight.stacked else math.prod(weight.shape), interleaved(spec, layouts)
     n_stride = weight.n // 2 if which == "w" and alternate else weight.n
-    out = Layout(which, True, weight.offset, stride, n_stride, weight.k, spec.dtype)
+    matrix = which == "d" or which.startswith("w")
+    name = into.split()[0] if into else "dw" if matrix else "db"
+    mains = name == "mains"
+    out = Layout(
+        name, not mains, weight.offset, 0 if mains else stride, n_stride, weight.k,
+        torch.float32 if into else spec.dtype, aligned=into != "mains anywhere",
+    )  # fmt: skip
     of_down = which.startswith("d")
     index = "" if of_down or which == "w" else which[1:]
-    matrix = which == "d" or which.startswith("w")
     scaled = spec.weight_on is (WeightOn.INPUT if matrix else WeightOn.OUTPUT) and (of_down != matrix)
     return {
         "n": O if of_down else P * F if which == "w" else F,

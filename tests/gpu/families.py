@@ -34,7 +34,9 @@ def of_experts(spec: ExpertsSpec, tokens: int, target: Target) -> Iterator[tuple
     yield "grad_weights", "grad_weights", backward.get("grad_weights", num_parts=8)
     for name in gpu_weights.gradients(spec, layouts):
         family = "grad_matrix" if name == "d" or name.startswith("w") else "grad_vector"
-        yield f"{family} {name}", family, backward.get(family, which=name)
+        yield f"{family} {name}", family, backward.get(family, which=name, into="")
+        main = "main" if all(w.stacked for w in spec.weights()) else "mains"
+        yield f"{family} {name}, main", family, backward.get(family, which=name, into=main)
     config = forward.config("permute")
     kernel = gpu_load.load("permute", config, gpu_text.permute_text(spec, config, forward.block_m))
     few = tokens * spec.top_k <= gpu_choose.FEW_PAIRS

@@ -129,6 +129,18 @@ MUTANTS = (
         '"acc.to(DW.dtype.element_ty)", N % BN and "(n < N)[:, None]"',
         '"acc.to(DW.dtype.element_ty)", 0',
     ),
+    Mutant("grad_matrix: main gradient overwritten", "grad_matrix", "sums{{ i }} += ", "sums{{ i }} += 0.0 * "),
+    Mutant("grad_matrix: main gradient of an empty expert touched", "grad_matrix", "if start == end:", "if start > end:"),
+    Mutant("grad_matrix: main gradient twice", "grad_matrix", "sums{{ i }} += ", "sums{{ i }} += 2.0 * "),
+    Mutant("grad_matrix: halves of a tile swapped", "grad_matrix", "sums0, sums1 = ", "sums1, sums0 = "),
+    Mutant(
+        "grad_matrix: second half past the end",
+        "grad_matrix",
+        '"sums%d" % i, N % BN and "(n < N)[:, None]", M % BK',
+        '"sums%d" % i, N % BN and "(n < N)[:, None]", 0',
+    ),
+    Mutant("grad_vector: main gradient overwritten", "grad_vector", "    acc += {{ load(", "    acc += 0.0 * {{ load("),
+    Mutant("grad_vector: main gradient of an empty expert touched", "grad_vector", "if start == end:", "if start > end:"),
     Mutant("grad_vector: weight forgotten", "grad_vector", "a.to(tl.float32) * tl.load", "a.to(tl.float32) + 0.0 * tl.load"),
     Mutant("grad_vector: rows of the next expert", "grad_vector", "live = row < end", "live = row < end + 1"),
     # router

@@ -20,7 +20,7 @@ from moecompile.codegen import gpu, gpu_choose, gpu_router_text, gpu_text
 from moecompile.ir.spec import OutOfRange, RouterSpec, WeightOn
 from moecompile.kernels.gpu import decode, permute
 from tests.gpu import layers
-from tests.gpu.interpreted import agree, test_permute, test_router, test_router_backward
+from tests.gpu.interpreted import agree, test_main_gradient, test_permute, test_router, test_router_backward
 from tests.gpu.interpreted.mutants import MUTANTS, Mutant
 
 ROUTER_TEXTS = (gpu_router_text.router_text, gpu_router_text.grad_router_text)
@@ -62,6 +62,11 @@ def many() -> None:
 def on_input() -> None:
     spec = layer(E=2, H=36, on=WeightOn.INPUT)
     agree.training(spec, layers.inputs(spec, 5, "holes"))
+
+
+def main_gradients() -> None:
+    test_main_gradient.check(test_main_gradient.layer(), 3)
+    test_main_gradient.check(test_main_gradient.layer(layout="separate", bias=False), 3)
 
 
 def wrapped() -> None:
@@ -114,6 +119,8 @@ CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
     "decode_up": (token,),
     "decode_down": (token,),
     "expert": (token,),
+    "grad_matrix": (many, on_input, main_gradients),
+    "grad_vector": (many, on_input, main_gradients),
 }
 
 
