@@ -13,3 +13,7 @@ class BuildError(Exception):
 
 class VerifyError(Exception):
     """Our own bug: a graph, spec or number that no correct pass or kernel can produce. Names the pass or kernel."""
+
+
+class CaptureError(RuntimeError):
+    """The user's call: what a CUDA graph cannot hold was to happen while one was captured. Says what to do before."""

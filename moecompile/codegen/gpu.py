@@ -7,8 +7,8 @@
     route                       router
     route_bwd                   grad_router
 
-Nothing here waits for the device, and every grid follows from shapes, so all of it can be captured in a CUDA graph.  Under
-TRITON_INTERPRET=1 the same texts run on CPU tensors.
+Nothing here waits for the device, and every grid follows from shapes, so all of it can be captured in a CUDA graph, after one
+call where experts are separate parameters (gpu_tables).  Under TRITON_INTERPRET=1 the same texts run on CPU tensors.
 """
 
 from __future__ import annotations

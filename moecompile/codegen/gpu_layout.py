@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from moecompile.codegen import gpu_weights
+from moecompile.codegen.gpu_tables import table
 from moecompile.codegen.gpu_weights import Layout, Layouts
 from moecompile.ir.spec import ExpertsSpec, Weight
 
@@ -67,19 +67,9 @@ def read_layouts(spec: ExpertsSpec, params: Sequence[Tensor]) -> tuple[Layouts, 
     return gpu_weights.collect(spec, layouts), used
 
 
-@lru_cache(256)
-def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(addresses, dtype=torch.int64, device=device)
-
-
 def pointers(w: Weight, params: Sequence[Tensor]) -> Tensor:
-    """What a kernel takes for a weight: the stacked parameter, or the table of the addresses of separate ones.
-
-    A table is made at the first call with a set of parameters, by a copy that a CUDA graph cannot hold: warm up first.
-    """
-    if w.stacked:
-        return params[w.params[0]]
-    return _table(tuple(params[i].data_ptr() for i in w.params), params[w.params[0]].device)
+    """What a kernel takes for a weight: the stacked parameter, or the table of the addresses of separate ones."""
+    return params[w.params[0]] if w.stacked else table([params[i] for i in w.params])
 
 
 # ---------------------------------------------------------------- gradients
@@ -175,4 +165,4 @@ def _main(
     if w.stacked:
         return given[0], "main"
     aligned = all(m.data_ptr() % 16 == 0 for m in given)
-    return _table(tuple(m.data_ptr() for m in given), given[0].device), "mains" if aligned else "mains anywhere"
+    return table(given), "mains" if aligned else "mains anywhere"

@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moecompile.errors import CaptureError
 from moecompile.ir import ops
 from moecompile.ir.spec import experts_from_text
 from moecompile.runtime import fallback
+
+CALLERS = (IndexError, CaptureError)  # the caller's ids, a call before its time: not the kernel's failure
 
 
 class Dispatch:
@@ -67,8 +70,8 @@ class Dispatch:
         if not r.broken:
             try:
                 out = self.kernels.experts(x, weights, ids, params, sizes, spec, region)
-            except IndexError:
-                raise  # the caller's ids, not the kernel
+            except CALLERS:
+                raise
             except Exception as e:
                 fallback.failed(r, e)
             else:
@@ -82,7 +85,7 @@ class Dispatch:
         if not r.broken:
             try:
                 out, saved = self.kernels.experts_train(x, weights, ids, params, sizes, spec, region)
-            except IndexError:
+            except CALLERS:
                 raise
             except Exception as e:
                 fallback.failed(r, e)
@@ -100,6 +103,8 @@ class Dispatch:
         if not r.broken:
             try:
                 found = self.kernels.experts_bwd(grad, x, weights, ids, params, sizes, spec, region, saved, needs)
+            except CALLERS:
+                raise
             except Exception as e:
                 fallback.failed(r, e)
             else:
