@@ -22,6 +22,7 @@ from moecompile.autotune.measure import Refused
 from moecompile.codegen import gpu_choose
 from moecompile.errors import BuildError
 from moecompile.kernels.gpu.config import Config
+from tests.gpu import interpreter
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 UP = Problem("up", "bfloat16", 2048, 768, 128, 8, 2048, 2, bucket=3)
@@ -65,6 +66,8 @@ print(json.dumps(found))
 @pytest.mark.slow
 def test_every_kind_of_kernel_is_recorded_checked_and_timed() -> None:
     pytest.importorskip("triton")
+    if reason := interpreter.missing():
+        pytest.skip(reason)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", INTERPRETED]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240, env=environment)

@@ -24,6 +24,7 @@ from moecompile.autotune.tuner import Budget
 from moecompile.tools.tune import tune_all
 
 sys.stderr = io.StringIO()
+PACE = 0.002  # seconds of one measurement
 root, kills = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 machine = MACHINES["H200"]
 problems = [Problem(k, "bfloat16", 2048, 768, 128, 8, 2048, 2, bucket=5) for k in ("up", "down", "grad_matrix")]
@@ -41,7 +42,7 @@ class Logged(Simulated):
         return tuple(Simulated.measure(self, problem, c) for c in (a, b))
 
 def tune(folder):
-    timer = Logged(machine, pace=0.002)
+    timer = Logged(machine, pace=PACE)
     timer.log = folder / "log"
     tune_all(problems, machine, timer, Store(folder / "cache" / "tuned"), Budget(1e9, timer.now))
 
@@ -66,16 +67,17 @@ def finish(folder):
 for name in ("warm-up", "undisturbed"):
     (root / name).mkdir()
 tune(root / "warm-up")
-start = time.monotonic()
 finish(root / "undisturbed")
-length = time.monotonic() - start
 wanted = whole(root / "undisturbed")
 rng, repeated, partial = random.Random(0), [], 0
 for i in range(kills):
     folder = root / str(i)
     folder.mkdir()
     pid = run(folder)
-    time.sleep(length * (i + rng.random()) / kills)
+    reached, patience = (len(wanted) - 1) * (i + rng.random()) / kills, time.monotonic() + 20
+    while len(list((folder / "cache" / "tuned").glob("[!.]*"))) < reached and time.monotonic() < patience:
+        time.sleep(2e-4)
+    time.sleep(PACE * rng.random())
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     partial += 0 < len(whole(folder)) < len(wanted)

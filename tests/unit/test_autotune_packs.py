@@ -49,7 +49,7 @@ def test_a_kernel_gets_what_was_tuned(store: Store) -> None:
 
 def test_other_versions_devices_and_the_interpreter_get_the_closed_form(store: Store) -> None:
     usual = asked(UP)
-    store.put(choice(UP, SAME_HEIGHT, dataclasses.replace(HERE, triton="3.6.0")))
+    store.put(choice(UP, SAME_HEIGHT, dataclasses.replace(HERE, triton="0.0.0")))
     store.put(choice(UP, SAME_HEIGHT, dataclasses.replace(HERE, timer="simulated")))
     store.put(Measurement(Key(UP, HERE), SAME_HEIGHT, 1e-6, ""))
     source.install(store)
@@ -126,7 +126,7 @@ def shipped(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 def test_what_ships_serves_where_nothing_was_measured(store: Store, shipped: pathlib.Path) -> None:
-    pack.write(shipped, [choice(UP, SAME_HEIGHT, dataclasses.replace(HERE, triton="3.6.0"))])
+    pack.write(shipped, [choice(UP, SAME_HEIGHT, dataclasses.replace(HERE, triton="0.0.0"))])
     source.install(store)
     assert asked(UP) == SAME_HEIGHT, "whatever the versions then were"
     measured = dataclasses.replace(SAME_HEIGHT, stages=5)
