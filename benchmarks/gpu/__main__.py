@@ -4,191 +4,172 @@
     python -m benchmarks.gpu --out DIR --smoke    two minutes
     python -m benchmarks.gpu                      without a GPU: checks itself and says "skipped: no GPU"
 
-A cell is (layer, forward or forward and backward, routing, tokens, contender). Cells come in order of interest: ours first.
-The floor is that of moecompile.analysis.cost with the two ceilings measured at the start; router, permutation and combine
-are in every time, forward and backward of the experts and the router's weights in "train". Needs torch >= 2.11 with its triton.
+First several processes check every form against float64 and compile the kernels that will be timed; then one process times cell
+after cell, ours first. The floor is that of moecompile.analysis.cost with the two ceilings measured at the start; router,
+permutation and combine are in every time, forward and backward of the experts and the router's weights in "train".
+A contender or kernel that fails, hangs or ends its process is recorded with its reason, and the rest goes on.
+Needs torch >= 2.11 with its triton; matplotlib for plots.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
+import os
 import pathlib
+import platform
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.gpu import correct, layers, measure, results
-from benchmarks.gpu.contenders import CONTENDERS
-from benchmarks.gpu.layers import LAYERS, TOKENS, Inputs, Layer
+import moecompile
+from benchmarks.gpu import contenders, correct, plan, pool, results
+from benchmarks.gpu.layers import LAYERS
+from benchmarks.gpu.pool import Record, Task
 from benchmarks.gpu.results import Results
+from benchmarks.gpu.work import Worker
 from moecompile.analysis import cost
-from moecompile.analysis.machine import MACHINES, Machine
+from moecompile.analysis.machine import MACHINES, Machine, known
+from moecompile.codegen.gpu import triton_missing
 
 MINUTES = {False: 8.5, True: 1.8}
-SECONDS = 0.25  # of replays for a cell
-TRAINED = ("Qwen3-30B-A3B", "OLMoE", "Mixtral-8x7B", "gpt-oss-120b")  # the others' weights and gradients do not fit
+CHECKED = 0.45  # of the time: no more for checks and compilation
+PATIENCE = 90.0  # seconds that one task may take
+PROCESSES = 12  # that check and compile
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One measurement."""
-
-    layer: str
-    mode: str  # "forward" or "train"
-    routing: str
-    tokens: int
-    contender: str
-
-    @property
-    def key(self) -> str:
-        return f"{self.layer} {self.mode} {self.routing} T={self.tokens} {self.contender}"
-
-
-def cells(smoke: bool) -> Iterator[Cell]:
-    """In order of interest: the first layers, ours and the nearest form beside it, then the rest."""
-    if smoke:
-        for tokens in (1, 512, 8192):
-            for contender in ("ours", "grouped_mm"):
-                yield Cell("Qwen3-30B-A3B", "forward", "uniform", tokens, contender)
-        yield Cell("Qwen3-30B-A3B", "train", "uniform", 8192, "ours")
-        return
-    for contenders in (("ours", "grouped_mm"), ("grouped_mm+inductor", "compiled", "liger")):
-        for layer in LAYERS:
-            for mode, routing in (("forward", "uniform"), ("train", "uniform"), ("forward", "zipf")):
-                if mode == "train" and layer not in TRAINED:
-                    continue
-                for tokens in TOKENS if mode == "forward" else TOKENS[3:]:
-                    if routing == "zipf" and tokens not in (8, 512, 8192):
-                        continue
-                    for contender in contenders:
-                        yield Cell(layer, mode, routing, tokens, contender)
-
-
-def call_of(cell: Cell, layer: Layer, given: Inputs, params: list[Tensor], function: Any) -> Callable[[], object]:
-    """One call to be timed."""
-    if cell.mode == "forward":
-
-        def forward() -> object:
-            with torch.no_grad():
-                return function(given, params)
-
-        return forward
-    leaves = [given.x, given.logits, *params]
-
-    def train() -> object:
-        return torch.autograd.grad(function(given, params), leaves, given.grad, allow_unused=True)
-
-    return train
-
-
-def floor(layer: Layer, tokens: int, mode: str, machine: Machine, hit: float | None) -> float:
+def floor(layer: str, tokens: int, mode: str, machine: Machine, hit: float | None) -> float:
     """Least seconds of one perfect kernel; `hit` distinct experts where they were counted."""
-    shape = cost.Shape(layer.hidden, layer.intermediate, layer.experts, layer.top_k, layer.hidden)
+    sizes = LAYERS[layer]
+    shape = cost.Shape(sizes.hidden, sizes.intermediate, sizes.experts, sizes.top_k, sizes.hidden)
     kernels = [cost.LEAST_FORWARD, *([cost.LEAST_BACKWARD] if mode == "train" else [])]
     return sum(machine.seconds(*cost.work((k,), shape, tokens, save=mode == "train", distinct=hit)[k.name]) for k in kernels)
 
 
-def run(cell: Cell, params: list[Tensor], machine: Machine, device: torch.device) -> results.Record:
-    """Measure one cell. A contender that cannot take part is recorded with its reason."""
-    layer, record = LAYERS[cell.layer], {"kind": "time", **dataclasses.asdict(cell)}
-    sets = measure.SETS if cell.tokens <= 8192 else 1
-    given = [layers.inputs(layer, cell.tokens, cell.routing, device, 10 + i) for i in range(sets)]
-    for tensor in (t for g in given for t in (g.x, g.logits)):
-        tensor.requires_grad_(cell.mode == "train")
-    hit = sum(float(torch.ops.moe.route(g.logits.detach(), g.bias, layer.router.text())[1].unique().numel()) for g in given) / sets
-    record["distinct"], record["floor"] = hit, floor(layer, cell.tokens, cell.mode, machine, hit)
-    try:
-        function = CONTENDERS[cell.contender](layer)
-        timing = measure.timed([call_of(cell, layer, g, params, function) for g in given], SECONDS)
-    except Exception as problem:  # a contender that is absent, or out of memory: the others go on
-        torch.cuda.synchronize()
-        return {**record, "reason": f"{type(problem).__name__}: {problem}"[:300]}
-    record |= dataclasses.asdict(timing)
-    if cell.contender == "ours":
-        record["error"] = correct.check_full(layer, given[0], [p.detach() for p in params])
-    return record
-
-
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the results depend on, and what is only written beside them."""
     import triton
 
     properties = torch.cuda.get_device_properties(device)
-    return {"device": properties.name, "torch": torch.__version__, "triton": triton.__version__, "memory": properties.total_memory}
+    measured_in = {
+        "device": properties.name,
+        "memory": properties.total_memory,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "moecompile": f"{moecompile.__version__} {results.source_key()}",
+    }
+    query = ["nvidia-smi", f"--id={device.index}", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        driver = f"unknown ({type(error).__name__})"
+    described = {
+        "driver, power limit, SM clock": driver,
+        "cuda": torch.version.cuda,
+        "capability": f"{properties.major}.{properties.minor}",
+        "SMs": properties.multi_processor_count,
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    return measured_in, described
 
 
-def benchmark(out: pathlib.Path, smoke: bool) -> int:
-    """0, or 1 where a number was wrong."""
-    from moecompile.codegen.target import bind_all
+def prepared(smoke: bool) -> list[Task]:
+    """Checks in the first dtype, what the timed cells launch, and checks in the other dtypes."""
+    checks = [(f"correct {layer} T={n} {dtype}", ("check", layer, n, dtype)) for layer, n, dtype in correct.forms(smoke)]
+    first = [task for task in checks if task[1][3] == correct.DTYPES[0]]
+    builds = [(f"build {layer} {mode} T={n}", ("build", layer, mode, n)) for layer, mode, n in plan.builds(smoke)]
+    return [*first, *builds, *(task for task in checks if task not in first)]
 
-    start, device = time.monotonic(), torch.device("cuda", torch.cuda.current_device())
+
+def said_of(record: Record) -> str:
+    """One record in words, its first word what became of it."""
+    if "reason" in record:
+        return f"FAILED: {record['reason']}"
+    if record["kind"] == "correct":
+        name, worst = max(record["errors"].items(), key=lambda item: item[1])
+        return f"{'WRONG' if worst > 1 else 'right'}: {name} at {worst:.2f} of what is allowed"
+    if record["kind"] == "time":
+        wrong = "WRONG, " if record.get("error", 0.0) > 1 else ""
+        alone = "" if record["graphed"] else ", not in a graph"
+        return f"{wrong}{record['seconds'] * 1e6:.1f} us, {record['floor'] / record['seconds']:.0%} of the floor{alone}"
+    return "done"
+
+
+def bad(record: Record) -> bool:
+    """A wrong number, or one of ours that failed."""
+    ours = record["kind"] != "time" or record["contender"] == "ours"
+    return record.get("error", 0.0) > 1 or max(record.get("errors", {"": 0.0}).values()) > 1 or (ours and "reason" in record)
+
+
+def benchmark(held: Results, smoke: bool, make: Any, workers: int, device_name: str) -> int:
+    """0, or 1 where a number was wrong or one of our kernels failed."""
+    start = time.monotonic()
     end = start + 60 * MINUTES[smoke]
-    bind_all()
-    held = Results.at(out, environment(device))
-    wrong = 0
-    for layer, tokens, dtype in correct.forms(smoke):
-        key = f"correct {layer.name} T={tokens} {dtype}"
-        if key not in held.cells:
-            errors = dict(correct.check_form(layer, tokens, dtype, device))
-            held.put(key, {"kind": "correct", "errors": {k: v if v < 1e9 else 1e9 for k, v in errors.items()}})
-        worst = max(held.cells[key]["errors"].items(), key=lambda item: item[1])
-        wrong += worst[1] > 1
-        print(f"{'WRONG' if worst[1] > 1 else 'right'} {key}: {worst[0]} at {worst[1]:.2f} of what is allowed", flush=True)
-    if "ceilings" not in held.cells:
-        flops, bandwidth = measure.ceilings(device)
-        held.put("ceilings", {"kind": "ceilings", "flops": flops, "bandwidth": bandwidth})
-    found = held.cells["ceilings"]
-    machine = dataclasses.replace(MACHINES["H200"], name="measured", flops=found["flops"], bandwidth=found["bandwidth"])
-    print(f"ceilings: {machine.flops / 1e12:.0f} TFLOP/s, {machine.bandwidth / 1e12:.2f} TB/s", flush=True)
-    left, params, current = 0, [], ""
-    for cell in cells(smoke):
-        if cell.key in held.cells:
-            continue
-        if time.monotonic() > end:
-            left += 1
-            continue
-        if (cell.layer, cell.mode) != current:
-            params = []
-            gc.collect()
-            torch.cuda.empty_cache()
-            params = [p.requires_grad_(cell.mode == "train") for p in LAYERS[cell.layer].parameters(device)]
-            current = (cell.layer, cell.mode)
-        record = run(cell, params, machine, device)
-        held.put(cell.key, record)
-        wrong += record.get("error", 0.0) > 1
-        said = (
-            f"{record['seconds'] * 1e6:9.1f} us, {record['floor'] / record['seconds']:.0%} of the floor"
-            if "seconds" in record
-            else record["reason"]
-        )
-        print(f"{cell.key}: {said}", flush=True)
+
+    def keep(key: str, kind: str, record: Record) -> None:
+        held.put(key, {"kind": kind, **record})
+        print(f"{time.monotonic() - start:5.0f} s  {key}: {said_of(held.cells[key])}", flush=True)
+
+    tasks = [t for t in prepared(smoke) if t[0] not in held.cells]
+    for key, record in pool.results(tasks, make, (), workers, start + CHECKED * (end - start), PATIENCE):
+        keep(key, key.split()[0], record)
+    unchecked = sum(key not in held.cells for key, _ in tasks)
+    if unchecked:
+        print(f"{unchecked} checks and compilations left: run again to make them")
+    absent = {name: reason for name in contenders.CONTENDERS if (reason := contenders.absent(name))}
+    wanted = [c for c in plan.cells(smoke) if c.contender not in absent]
+    cells = {c.key: c for c in wanted if c.key not in held.cells}
+    timed: list[Task] = [("ceilings", ("ceilings",))] if "ceilings" not in held.cells else []
+    for key, record in pool.results([*timed, *((k, ("time", c)) for k, c in cells.items())], make, (), 1, end, PATIENCE):
+        if key in cells:
+            record = {**dataclasses.asdict(cells[key]), **record}
+            if "seconds" in record:
+                at = record["layer"], record["tokens"], record["mode"]
+                record["floor"] = floor(*at, ceilings(held, device_name), record["distinct"])
+        keep(key, "time" if key in cells else key, record)
     print(results.table(held))
     print(results.summary(held))
+    machine = ceilings(held, device_name)
+    print(f"floor of {machine.flops / 1e12:.0f} TFLOP/s and {machine.bandwidth / 1e12:.2f} TB/s ({machine.name})")
+    print("".join(f"{name} takes no part: {reason}\n" for name, reason in absent.items()), end="")
     print("plots:", ", ".join(map(str, results.plot(held))) or "none")
-    print(f"{left} cells left: run again to measure them" if left else f"complete in {time.monotonic() - start:.0f} s of this run")
+    wrong = [key for key, record in held.cells.items() if bad(record)]
+    print("".join(f"bad: {key}: {said_of(held.cells[key])}\n" for key in wrong), end="")
+    left = sum(c.key not in held.cells for c in wanted) + unchecked
+    print(f"{left} left: run again to go on" if left else "complete", f"after {time.monotonic() - start:.0f} s", flush=True)
     return 1 if wrong else 0
+
+
+def ceilings(held: Results, device_name: str) -> Machine:
+    """The machine as it was measured; as the table has it where that failed."""
+    found = held.cells.get("ceilings", {})
+    if "flops" in found:
+        return dataclasses.replace(MACHINES["H200"], name="measured", flops=found["flops"], bandwidth=found["bandwidth"])
+    return known(device_name) or MACHINES["H200"]
 
 
 def self_check() -> None:
     """All that can be checked without a GPU: the cells, the forms, the floors, the store and the pictures."""
     for smoke in (True, False):
-        everything = list(cells(smoke))
+        everything = list(plan.cells(smoke))
         assert len({c.key for c in everything}) == len(everything)
-        for layer, _, dtype in correct.forms(smoke):
-            layer.spec(dtype)
+        keys = [key for key, _ in prepared(smoke)]
+        assert len(set(keys)) == len(keys)
+        for name, _, dtype in correct.forms(smoke):
+            LAYERS[name].smaller().spec(dtype)
     for layer in LAYERS.values():
         for contender in ("ours", "grouped_mm"):
-            CONTENDERS[contender](layer)
+            contenders.CONTENDERS[contender](layer)
     with tempfile.TemporaryDirectory() as folder:
-        held = Results.at(pathlib.Path(folder), {"device": "none"})
-        for i, cell in enumerate(cells(True)):
-            least = floor(LAYERS[cell.layer], cell.tokens, cell.mode, MACHINES["H200"], None)
+        held = Results.at(pathlib.Path(folder), {"device": "none"}, {})
+        for i, cell in enumerate(plan.cells(True)):
+            least = floor(cell.layer, cell.tokens, cell.mode, MACHINES["H200"], None)
             made_up = {
                 "kind": "time",
                 **dataclasses.asdict(cell),
@@ -198,7 +179,7 @@ def self_check() -> None:
                 "graphed": True,
             }
             held.put(cell.key, made_up)
-        again = Results.at(pathlib.Path(folder), {"device": "none"})
+        again = Results.at(pathlib.Path(folder), {"device": "none"}, {})
         assert again.cells == held.cells and len(results.table(again).splitlines()) == 4
         assert results.summary(again)
         results.plot(again)
@@ -217,7 +198,12 @@ def main(arguments: list[str] | None = None) -> int:
         self_check()
         print("skipped: no GPU")
         return 0
-    return benchmark(given.out, given.smoke)
+    if reason := triton_missing():
+        print(f"no GPU kernels: {reason}")
+        return 2
+    measured_in, described = environment(torch.device("cuda", torch.cuda.current_device()))
+    held = Results.at(given.out, measured_in, described)
+    return benchmark(held, given.smoke, Worker, min(PROCESSES, os.cpu_count() or 1), measured_in["device"])
 
 
 if __name__ == "__main__":

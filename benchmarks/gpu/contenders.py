@@ -9,6 +9,7 @@ liger                Liger's fused experts with the same router, where liger_ker
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,12 +72,14 @@ def grouped_mm(layer: Layer) -> Call:
 
 
 def inductor(layer: Layer) -> Call:
-    forward = torch.compile(plain(layer), dynamic=False)
+    torch.compiler.reset()  # every layer shares one code object: past the limit of recompilations it would run uncompiled
+    forward = torch.compile(plain(layer), dynamic=False, fullgraph=True)
     return lambda given, params: forward(given.x, given.logits, given.bias, params)
 
 
 def compiled(layer: Layer) -> Call:
-    forward = torch.compile(plain(layer), backend="moe", fullgraph=True)
+    torch.compiler.reset()
+    forward = torch.compile(plain(layer), backend="moe", fullgraph=True, options={"fallback": "error"})
     return lambda given, params: forward(given.x, given.logits, given.bias, params)
 
 
@@ -92,6 +95,13 @@ def liger(layer: Layer) -> Call:
         return function(given.x, params[0], params[1], ids.int(), weights.float())  # type: ignore[no-any-return]
 
     return call
+
+
+def absent(name: str) -> str | None:
+    """Why a contender cannot take part at all, or None."""
+    if name == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        return "liger_kernel is not installed"
+    return None
 
 
 CONTENDERS: dict[str, Callable[[Layer], Call]] = {

@@ -44,6 +44,7 @@ def check_form(layer: Layer, tokens: int, dtype: torch.dtype, device: torch.devi
     weights, ids = torch.ops.moe.route(given.logits, given.bias, router)
     plain, _ = reference.route(layer.router, given.logits, given.bias)
     yield "routing weights", error(weights.sort(-1).values, plain.double().sort(-1).values) / allowed(torch.float32)
+    yield "gradient of logits", logits_error(layer, given, ids) / allowed(torch.float32)
     want = expected(layer, given, params, weights, ids, grads=True)
     leaves = [t.clone().requires_grad_() for t in (given.x, weights, *params)]
     out = torch.ops.moe.experts(leaves[0], leaves[1], ids, leaves[2:], [], experts, "")
@@ -62,6 +63,20 @@ def check_form(layer: Layer, tokens: int, dtype: torch.dtype, device: torch.devi
     )
 
 
+def logits_error(layer: Layer, given: Inputs, ids: Tensor) -> float:
+    """Of the routing weights' gradient for the logits, beside that of the router as plain PyTorch with the same experts."""
+    grad = torch.linspace(-1, 1, ids.numel(), device=ids.device).view(ids.shape)
+    found = []
+    for route in (
+        lambda logits: torch.ops.moe.route(logits, given.bias, layer.router.text())[0],
+        lambda logits: reference.weights_of(layer.router, logits, given.bias, ids),
+    ):
+        logits = given.logits.clone().requires_grad_()
+        weights = route(logits)
+        found += torch.autograd.grad(weights, logits, grad.to(weights.dtype))
+    return error(found[0], found[1].double())
+
+
 def graphed(layer: Layer, given: Inputs, params: list[Tensor], dtype: torch.dtype) -> Tensor:
     """The layer's output for `given`, from a graph that was captured with other tokens."""
     call, held = ours(layer, dtype), dataclasses.replace(given, x=torch.zeros_like(given.x), logits=torch.zeros_like(given.logits))
@@ -77,12 +92,12 @@ def graphed(layer: Layer, given: Inputs, params: list[Tensor], dtype: torch.dtyp
     return out.clone()
 
 
-def forms(smoke: bool) -> Iterator[tuple[Layer, int, torch.dtype]]:
-    """What is checked."""
-    for layer in layers.LAYERS.values():
+def forms(smoke: bool) -> Iterator[tuple[str, int, torch.dtype]]:
+    """What is checked: (layer, tokens, dtype), of the layer's smaller form."""
+    for name in layers.LAYERS:
         for dtype in DTYPES[:1] if smoke else DTYPES:
             for tokens in (1, 129) if smoke else TOKENS:
-                yield layer.smaller(), tokens, dtype
+                yield name, tokens, dtype
 
 
 def check_full(layer: Layer, given: Inputs, params: list[Tensor]) -> float:

@@ -37,6 +37,8 @@ def timed(calls: Sequence[Callable[[], object]], budget: float) -> Timing:
             for call in calls:
                 call()
         run, graphed = graph.replay, True
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # a contender that waits for the device cannot be captured; it is timed as it runs
         torch.cuda.synchronize()
 

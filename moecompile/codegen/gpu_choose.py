@@ -46,7 +46,9 @@ INTERPRETER = Target("cpu", 90, 232_448, 132)
 
 @lru_cache(64)
 def target_of(device: torch.device) -> Target:
-    """The target a tensor's device is; on the CPU the interpreter."""
+    """The target a tensor's device is; on the CPU the interpreter; of meta tensors the GPU at hand, or the interpreter."""
+    if device.type == "meta" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     if device.type != "cuda":
         return INTERPRETER
     found = torch.cuda.get_device_properties(device)
