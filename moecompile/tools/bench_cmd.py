@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    found = {path.stem: path for path in sorted(FOLDER.glob("[a-z]*.py"))}
+    found = {path.stem: path for path in FOLDER.glob("[a-z]*.py")} | {p.parent.name: p for p in FOLDER.glob("*/__main__.py")}
+    found = dict(sorted(found.items()))
     if not found:
         print(f"moecompile bench: the benchmarks are not installed; they are in the repository ({FOLDER})", file=sys.stderr)
         return 2

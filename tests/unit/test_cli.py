@@ -49,6 +49,14 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert f"moecompile {command}" in capsys.readouterr().out
 
 
+def test_bench_lists_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench"]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split()[0] for line in printed.splitlines()] == ["families", "gpu", "layer"]
+    assert main(["bench", "gpus"]) == 2
+    assert "did you mean 'gpu'" in capsys.readouterr().err
+
+
 def test_config_prints_value_and_origin(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "verify=3"]) == 0
     assert re.search(r"^verify +3 +call ", capsys.readouterr().out, re.MULTILINE)
