@@ -1,7 +1,12 @@
 """Few tokens, without a permutation: up per pair, down per token over its K experts.
 
 Every weight of a chosen expert is read once per pair that chose it, by matrix-vector products; the combine is the loop of the
-down kernel, so no row of the experts' output is ever stored.
+down kernel, so no row of the experts' output is ever stored.  Where few programs would be left, several share a token's experts
+and draw tickets as in down.py.
+
+decode_down may be launched before decode_up has ended: the first thing that each of its programs does is to wait until all of
+decode_up is done and can be seen (griddepcontrol.wait), so what is saved is the launch; decode_up, for its part, says at its
+start that its successor may be launched once all its programs have begun.
 """
 
 from __future__ import annotations
@@ -24,6 +29,9 @@ UP = '''\
 @triton.jit
 def decode_up(X, {{ weights }}{% if on_input %}SCALE, {% endif %}IDS, Y):
     """Y[pair] = activation(X[token] W0[e]^T, ..). Grid: (R, F / BN)."""
+{% if signals %}
+    tl.extra.cuda.gdc_launch_dependents()
+{% endif %}
     pair = tl.program_id(0)
 {{ expert }}
     if not live:
@@ -72,13 +80,20 @@ def decode_up(X, {{ weights }}{% if on_input %}SCALE, {% endif %}IDS, Y):
 
 DOWN = '''\
 @triton.jit
-def decode_down(Y, {{ weights }}{% if on_output %}SCALE, {% endif %}IDS, OUT):
-    """OUT[t] = sum over k of {% if on_output %}SCALE[t,k] * {% endif %}Y[t,k] D[e]^T. Grid: (T, O / BN)."""
+def decode_down(Y, {{ weights }}{% if on_output %}SCALE, {% endif %}IDS, {% if split > 1 %}PARTS, TICKETS, {% endif %}OUT):
+    """OUT[t] = sum over k of {% if on_output %}SCALE[t,k] * {% endif %}Y[t,k] D[e]^T\
+{% if split > 1 %}, every {{ split }}th k by another program{% endif %}. Grid: (T, O / BN{% if split > 1 %}, SPLIT{% endif %})."""
+{% if waits %}
+    tl.extra.cuda.gdc_wait()
+{% endif %}
     token = tl.program_id(0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
     out = tl.zeros((BN,), tl.float32)
-    for slot in range(K):
+{% if split > 1 %}
+    part = tl.program_id(2)
+{% endif %}
+    for slot in {{ "range(part, K, SPLIT)" if split > 1 else "range(K)" }}:
         pair = token * K + slot
 {{ expert | indent(4, first=true) }}
         if live:
@@ -101,6 +116,18 @@ def decode_down(Y, {{ weights }}{% if on_output %}SCALE, {% endif %}IDS, OUT):
         else:
             out += float("nan")
 {% endif %}
+{% if split > 1 %}
+    parts_at = PARTS + token.to(tl.int64) * {{ split * O }} + n
+    {{ store("parts_at + part * O", "out", O % BN and "n < O") }}
+    tl.debug_barrier()
+    ticket_at = TICKETS + token * tl.num_programs(1) + tl.program_id(1)
+    if tl.atomic_add(ticket_at, 1, sem="acq_rel", scope="gpu") < SPLIT - 1:
+        return
+    tl.store(ticket_at, 0)
+    out = {{ load("parts_at", O % BN and "n < O", cache=".cg") }}
+    for i in range(1, SPLIT):
+        out += {{ load("parts_at + i * O", O % BN and "n < O", cache=".cg") }}
+{% endif %}
     {{ store("OUT + token.to(tl.int64) * O + n", "out.to(OUT.dtype.element_ty)", O % BN and "n < O") }}
 '''
 
@@ -113,7 +140,21 @@ def launch_up(
     kernel.run("decode_up", grid, x, *params, *([] if scale is None else [scale]), ids, y)
 
 
-def launch_down(kernel: Kernel, y: Tensor, params: Sequence[Tensor], scale: Tensor | None, ids: Tensor, out: Tensor) -> None:
-    """y [R,F] in pair order -> out [T,O]."""
-    grid = (out.shape[0], -(-out.shape[1] // kernel.config.block_n))
-    kernel.run("decode_down", grid, y, *params, *([] if scale is None else [scale]), ids, out)
+def tickets(kernel: Kernel, out: Tensor) -> int:
+    """How many tickets launch_down needs: one for each block of out [T,O], 0 where no sum is split."""
+    return out.shape[0] * -(-out.shape[1] // kernel.config.block_n) if kernel.config.split > 1 else 0
+
+
+def launch_down(
+    kernel: Kernel,
+    y: Tensor,
+    params: Sequence[Tensor],
+    scale: Tensor | None,
+    ids: Tensor,
+    out: Tensor,
+    shared: Sequence[Tensor] = (),
+) -> None:
+    """y [R,F] in pair order -> out [T,O]. `shared` as for down.launch, with room for the parts [T,split,O]."""
+    split = kernel.config.split
+    grid = (out.shape[0], -(-out.shape[1] // kernel.config.block_n), *([split] if split > 1 else []))
+    kernel.run("decode_down", grid, y, *params, *([] if scale is None else [scale]), ids, *shared, out)

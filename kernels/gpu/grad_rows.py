@@ -10,14 +10,18 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from moecompile.kernels.gpu import tile
 from moecompile.kernels.gpu.config import Kernel
 from moecompile.kernels.gpu.permute import Routing
 
 SOURCE = '''\
-@triton.jit(do_not_specialize=["tiles"])
-def grad_rows(DZ, {{ weights }}TILE_MAP, {% if parts %}X, ORDER, {% endif %}OFFSETS, DROWS, {% if parts %}PARTS, {% endif %}tiles):
+{{ jit }}
+def grad_rows(DZ, {{ weights }}TILE_MAP, {% if parts %}X, ORDER, {% endif %}OFFSETS, DROWS\
+{% if parts %}, PARTS{% endif %}{{ tiles }}):
     """DROWS[row] = {{ "DZ[row] W[e], all projections at once" if reads | length < P else "sum over i of DZ_i[row] W_i[e]" }}\
-{% if parts %};  PARTS[row, column] = sum of DROWS[row] * X[token] over this column{% endif %}. Grid: (tiles * N_TILES,)."""
+{% if parts %};  PARTS[row, column] = sum of DROWS[row] * X[token] over this column{% endif %}. Grid: {{ grid }}."""
+{% include "programs" %}
+{% filter indent(deeper, first=true) %}
 {% include "tile" %}
     n = column * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
@@ -38,6 +42,7 @@ H % BN and "(n < H)[None, :]", depth % BK and "(k0 + k < %d)[:, None]" % depth) 
 {% endif %}
     {{ store("DROWS + row64[:, None] * H + n[None, :]", "acc.to(DROWS.dtype.element_ty)", \
 "live[:, None]", H % BN and "(n < H)[None, :]") }}
+{% endfilter %}
 '''
 
 
@@ -52,6 +57,5 @@ def launch(
     parts: Tensor | None,
 ) -> None:
     """dz [R,P*F] -> drows [R,H], and parts [R, tiles of H] (float32) where given; `columns` = H."""
-    grid = (routing.bound * -(-columns // kernel.config.block_n),)
     gathered, kept = ([], []) if parts is None else ([x, routing.order], [parts])
-    kernel.run("grad_rows", grid, dz, *params, routing.tiles, *gathered, routing.offsets, drows, *kept, routing.bound)
+    tile.launch(kernel, columns, routing, dz, *params, routing.tiles, *gathered, routing.offsets, drows, *kept)

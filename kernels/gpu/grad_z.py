@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from moecompile.kernels.gpu import tile
 from moecompile.kernels.gpu.config import Kernel
 from moecompile.kernels.gpu.permute import Routing
 
@@ -26,6 +27,7 @@ def grad_z(G, {{ weights }}{% if on_output %}SCALE, {% endif %}Z, TILE_MAP, ORDE
     """With g = G[token] D[e] and y = activation(Z[row]):  DZ[row] = {% if on_output %}scale * {% endif %}g * y'(Z[row])\
 {% if need_y %};  Y[row] = {% if on_output %}scale * {% endif %}y{% endif %}\
 {% if parts %};  PARTS[row, column] = sum of g * y over this column{% endif %}. Grid: (tiles * N_TILES,)."""
+{% include "programs" %}
 {% include "tile" %}
     pair = tl.load(ORDER + row, mask=live, other=0)
     n = column * BN + tl.arange(0, BN)
@@ -85,6 +87,5 @@ def launch(
     parts: Tensor | None,
 ) -> None:
     """grad [T,O], z [R,P*F] -> dz [R,P*F], y [R,F] and parts [R, tiles of F] (float32) where given; `columns` = F."""
-    grid = (routing.bound * -(-columns // kernel.config.block_n),)
     given = [grad, *params, *([] if scale is None else [scale]), z, routing.tiles, routing.order, routing.offsets, dz]
-    kernel.run("grad_z", grid, *given, *(t for t in (y, parts) if t is not None), routing.bound)
+    tile.launch(kernel, columns, routing, *given, *(t for t in (y, parts) if t is not None))

@@ -2,7 +2,7 @@
 
     order    [R]        the pair (token * K + slot) of each row; rows past offsets[E] are not written
     place    [R]        the row of each pair; -1 where the id is skipped, -2 where it is an error
-    offsets  [E+1]      first row of each expert
+    offsets  [E+2]      first row of each expert, their end, and the number of tiles in use
     tiles    [bound,2]  expert and first row of each tile of BM rows; expert -1 past the last
 
 Few pairs: one kernel, in which the program of an expert reads all ids.  Many pairs: counts per chunk of ids, a scan over the
@@ -41,14 +41,15 @@ SCHEDULE = """\
     tile = tl.sum(tl.where(bins < e, tiles_of, 0), 0)
     start = tl.sum(tl.where(bins < e, counts, 0), 0)
     count = tl.sum(tl.where(bins == e, counts, 0), 0)
+    used = tl.sum(tl.where(bins < E, tiles_of, 0), 0)
     tl.store(OFFSETS + e, start)
     if e == E - 1:
         tl.store(OFFSETS + E, start + count)
+        tl.store(OFFSETS + E + 1, used)
     for done in range(0, count, TILE_BLOCK * BM):
         i = done // BM + tl.arange(0, TILE_BLOCK)
         tl.store(TILE_MAP + (tile + i) * 2, e + tl.zeros_like(i), mask=i * BM < count)
         tl.store(TILE_MAP + (tile + i) * 2 + 1, start + i * BM, mask=i * BM < count)
-    used = tl.sum(tl.where(bins < E, tiles_of, 0), 0)
     for i0 in range(used + e * TILE_BLOCK, bound, E * TILE_BLOCK):
         i = i0 + tl.arange(0, TILE_BLOCK)
         tl.store(TILE_MAP + i * 2, tl.full((TILE_BLOCK,), -1, tl.int32), mask=i < bound)
@@ -133,7 +134,7 @@ def launch(kernel: Kernel, ids: Tensor, num_experts: int, block_m: int, few: boo
     def ints(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.int32, device=ids.device)
 
-    routing = Routing(ints(rows), ints(rows), ints(E + 1), ints(bound, 2), bound)
+    routing = Routing(ints(rows), ints(rows), ints(E + 2), ints(bound, 2), bound)
     if few:
         kernel.run("permute", (E,), ids, routing.order, routing.place, routing.offsets, routing.tiles, rows, bound)
         return routing

@@ -16,11 +16,13 @@ from functools import lru_cache
 from moecompile.analysis import cost
 from moecompile.analysis.machine import Machine
 from moecompile.autotune import bucket
-from moecompile.autotune.family import AXES, DECODE, GEMMS, GROUPED, gemm_of, shared_bytes, tile_registers
+from moecompile.autotune.family import AXES, DECODE, FORMS, GEMMS, GROUPED, gemm_of, shared_bytes, tile_registers
 from moecompile.autotune.key import DTYPES, Problem, spec_of
 from moecompile.codegen import gpu_choose
-from moecompile.codegen.gpu_choose import Target
-from moecompile.kernels.gpu.config import Config
+from moecompile.codegen.gpu_choose import Target, from_sm_90
+from moecompile.codegen.gpu_weights import contiguous_layouts
+from moecompile.ir.spec import ExpertsSpec
+from moecompile.kernels.gpu.config import YOUNGER, Config
 
 MOST = 12
 NEAR = 0.05  # estimates this close are taken as equal: the configuration nearest the closed form goes first
@@ -44,20 +46,19 @@ def candidates(problem: Problem, machine: Machine, block_m: int | None = None) -
     """
     target = target_of(machine)
     first = closed_form(problem, target, block_m)
-    others = [
-        c for c in _neighbours(problem.kernel, first) if _sensible(problem, c, block_m) and refusal(problem, c, target) is None
-    ]
+    near = (c for c in _neighbours(problem.kernel, first) if _sensible(problem, c, machine, block_m))
+    others = [c for c in near if refusal(problem, c, target) is None]
     times = {c: estimate(problem, c, machine) for c in others}
     best = min(times.values(), default=1.0)
 
     def order(c: Config) -> tuple[int, float, tuple[int, ...]]:
         return int(math.log(times[c] / best) / math.log(1 + NEAR)), _distance(c, first), dataclasses.astuple(c)
 
-    chosen, tiles = [first], Counter([_tile(first)])
+    chosen, alike = [first], Counter([_alike(first)])
     for config in sorted(others, key=order):
-        if len(chosen) < MOST and tiles[_tile(config)] < PER_TILE:
+        if len(chosen) < MOST and alike[_alike(config)] < (1 if _form(config) else PER_TILE):
             chosen.append(config)
-            tiles[_tile(config)] += 1
+            alike[_alike(config)] += 1
     return chosen
 
 
@@ -69,22 +70,33 @@ def target_of(machine: Machine) -> Target:
 
 
 def _neighbours(kernel: str, first: Config) -> Iterator[Config]:
-    """Every other configuration of the family that is at most FAR doublings from `first`."""
-    axes = {name: values for name, values in AXES[kernel].items() if len(values) > 1}
-    steps = [[(v, abs(math.log2(v / getattr(first, name)))) for v in values] for name, values in axes.items()]
+    """Every other configuration of the family that is at most FAR doublings from `first`, in each of the family's forms."""
+    axes = {name: values for name, values in AXES[kernel].items() if len(values) > 1 and name not in YOUNGER}
+    steps = [[(v, _doublings(v, getattr(first, name))) for v in values] for name, values in axes.items()]
     for chosen in itertools.product(*steps):
-        if 0 < sum(far for _, far in chosen) <= FAR:
-            yield dataclasses.replace(first, **{name: value for name, (value, _) in zip(axes, chosen, strict=True)})
+        if sum(far for _, far in chosen) <= FAR:
+            near = dataclasses.replace(first, **{name: value for name, (value, _) in zip(axes, chosen, strict=True)})
+            yield from (c for c in (near, *(dataclasses.replace(near, **form) for form in FORMS.get(kernel, ()))) if c != first)
 
 
-def _tile(config: Config) -> tuple[int, int, int]:
-    return config.block_m, config.block_n, config.block_k
+def _form(config: Config) -> tuple[tuple[str, int], ...]:
+    """The form's axes that are not at their default: empty for the plain form."""
+    return tuple((name, value) for name, value in config.plain().items() if name in YOUNGER)
+
+
+def _alike(config: Config) -> tuple[object, ...]:
+    """Equal for configurations of one tile, and for all of a form that is not the plain one: that is tried once."""
+    return _form(config) or (config.block_m, config.block_n, config.block_k)
 
 
 def _distance(a: Config, b: Config) -> float:
     """How many doublings apart two configurations are."""
-    pairs = zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True)
-    return sum(abs(math.log2(x / y)) for x, y in pairs)
+    return sum(_doublings(x, y) for x, y in zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True))
+
+
+def _doublings(x: int, y: int) -> float:
+    """From 0 to 1 counts as one."""
+    return abs(math.log2((x or 0.5) / (y or 0.5)))
 
 
 def closed_form(problem: Problem, target: Target, block_m: int | None = None) -> Config:
@@ -110,17 +122,47 @@ def refusal(problem: Problem, config: Config, target: Target) -> str | None:
     most = REGISTERS_GRAD_Z if problem.kernel == "grad_z" else REGISTERS.get(config.warps, 64)
     if registers > most:
         return f"needs {registers} registers a thread for its tile, spills above {most}"
+    return _form_refusal(problem, config, target)
+
+
+def _form_refusal(problem: Problem, config: Config, target: Target) -> str | None:
+    """Why the target, or the layer's sizes, do not have this form of the kernel, or None."""
+    if (config.tma or config.pdl or config.swap) and not from_sm_90(target):
+        wanted = "tensor descriptors" if config.tma else "dependent launches" if config.pdl else "products of 64 columns"
+        return f"needs sm >= 90 for {wanted}, got {target.arch}"
+    if config.split > 1 and target.backend == "hip":
+        return "programs cannot share a sum on hip: its barrier does not wait for stores"
+    if config.tma:
+        spec = spec_of(problem)
+        assert isinstance(spec, ExpertsSpec)
+        return gpu_choose.no_descriptors(problem.kernel, spec, contiguous_layouts(spec), config, target)
     return None
 
 
-def _sensible(problem: Problem, config: Config, block_m: int | None) -> bool:
+def _sensible(problem: Problem, config: Config, machine: Machine, block_m: int | None) -> bool:
     """Leave out what no shape wants, tiles wider than the matrix, and row tiles of another height than is fixed."""
     if block_m is not None and config.block_m != block_m:
         return False
     if problem.kernel not in (*GEMMS, *DECODE):
         return True
     gemm = gemm_of(problem)
-    return config.block_n < 2 * gemm.n and min(32, gemm.k) <= config.block_k < 2 * gemm.k
+    return config.block_n < 2 * gemm.n and min(32, gemm.k) <= config.block_k < 2 * gemm.k and _form_pays(problem, config, machine)
+
+
+def _form_pays(problem: Problem, config: Config, machine: Machine) -> bool:
+    """Whether the form can do what it is for: fill the 64 rows of a tensor core, go on to a next tile, occupy more processors."""
+    tokens = bucket.representative(problem.bucket, problem.top_k, problem.num_experts)
+    gemm = gemm_of(problem)
+    if config.swap and (config.block_m > 32 or config.block_n < 64 or problem.dtype == "float32"):
+        return False
+    if problem.kernel == "decode_down":
+        return config.split <= problem.top_k and (config.split == 1 or tokens * -(-gemm.n // config.block_n) < 2 * machine.sms)
+    if config.persistent or config.split > 1:
+        tiles = _tiling(problem, config, tokens)[0]
+        if config.persistent:
+            return config.persistent <= _resident(problem, config, machine) and tiles > config.persistent * machine.sms
+        return tiles < 2 * machine.sms and gemm.k >= 2 * config.split * config.block_k
+    return True
 
 
 def estimate(problem: Problem, config: Config, machine: Machine) -> float:
@@ -134,16 +176,17 @@ def estimate(problem: Problem, config: Config, machine: Machine) -> float:
     gemm, size, resident = gemm_of(problem), DTYPES[problem.dtype], _resident(problem, config, machine)
     slots = machine.sms * resident
     if problem.kernel in DECODE:
-        blocks = tokens * problem.top_k * -(-gemm.n // config.block_n)
+        blocks = tokens * (config.split if problem.kernel == "decode_down" else problem.top_k) * -(-gemm.n // config.block_n)
         in_flight = config.block_n * config.block_k * gemm.accumulators * size * resident
         return bytes_ / machine.bandwidth / min(1.0, in_flight / IN_FLIGHT) / _balance(blocks, slots)
     tiles, tile_bytes, step_bytes, waste = _tiling(problem, config, tokens)
+    parts = 2.0 * 4 * config.split * tokens * problem.top_k * gemm.n if config.split > 1 else 0.0  # written, and read by the last
     seconds = max(
         flops * waste / machine.flops,
         bytes_ / machine.bandwidth / min(1.0, config.stages * step_bytes * resident / IN_FLIGHT),
-        tiles * tile_bytes / (L2_OVER_MEMORY * machine.bandwidth),
+        (tiles * tile_bytes + parts) / (L2_OVER_MEMORY * machine.bandwidth),
     )
-    return seconds / _balance(tiles, slots)
+    return seconds / _balance(tiles * config.split, slots)
 
 
 def _stream(problem: Problem, config: Config, machine: Machine, blocks: int) -> float:

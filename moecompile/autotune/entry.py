@@ -5,7 +5,8 @@
     Proposal       a choice from elsewhere (a pack): tried first when tuning, never run unmeasured
 
 Text is parsed field by field: each integer in its allowed set, each string in a list or of a narrow form, no field missing and
-none extra.  Nothing of it reaches generated source but integers that family.AXES lists.
+none extra, but for the younger axes of a configuration, which are written where they are not at their default.  Nothing of it
+reaches generated source but integers that family.AXES lists.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from moecompile.autotune import bucket, family
 from moecompile.autotune.key import DTYPES, TIMERS, Environment, Key, Problem, digest
-from moecompile.kernels.gpu.config import Config
+from moecompile.kernels.gpu.config import YOUNGER, Config
 
 SCHEMA = 1
 REFUSED = ("", "compile", "launch", "memory", "resources", "wrong")  # why a configuration has no time; "" where it has one
@@ -86,7 +87,7 @@ def proposal_name(problem: Problem) -> str:
 
 def to_plain(entry: Entry) -> dict[str, Any]:
     kind = next(k for k, t in KINDS.items() if isinstance(entry, t))
-    return {"schema": SCHEMA, "kind": kind, **dataclasses.asdict(entry)}
+    return {"schema": SCHEMA, "kind": kind, **dataclasses.asdict(entry), "config": entry.config.plain()}
 
 
 def to_text(entry: Entry) -> str:
@@ -190,7 +191,8 @@ def _environment(plain: object) -> Environment:
 
 
 def _config(kernel: str, plain: object) -> Config:
-    fields = _fields(Config, plain, "config")
+    younger = {f.name: f.default for f in dataclasses.fields(Config) if f.name in YOUNGER}
+    fields = _fields(Config, {**younger, **plain} if isinstance(plain, dict) else plain, "config")
     wrong = family.check(kernel, fields)
     if wrong is not None:
         raise ValueError(wrong)

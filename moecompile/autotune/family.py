@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moecompile.autotune.key import DTYPES, Problem
-from moecompile.codegen.gpu_choose import Target
+from moecompile.codegen.gpu_choose import Target, from_sm_90
 from moecompile.kernels.gpu.config import Config
 
-_UNUSED = {axis.name: (8,) if axis.name == "group" else (1,) for axis in dataclasses.fields(Config)}
+_UNUSED = {a.name: (1 if a.default is dataclasses.MISSING else a.default,) for a in dataclasses.fields(Config)}
 _STAGES = (2, 3, 4, 5)
 
 
@@ -26,6 +26,8 @@ _GROUPED = {
     "block_m": _powers(16, 128), "block_n": _powers(16, 256), "block_k": _powers(16, 128),
     "warps": (4, 8), "stages": _STAGES, "group": (1, 8),
 }  # fmt: skip
+_MANY_TILES = {"persistent": (0, 1, 2)}
+_FORWARD = {**_MANY_TILES, "swap": (0, 1), "tma": (0, 1)}
 _DECODE = {"block_n": _powers(1, 64), "block_k": _powers(1, 1024), "warps": (2, 4, 8), "stages": _STAGES}
 _GRADIENT = {
     "block_m": _powers(16, 64),
@@ -37,15 +39,27 @@ _GRADIENT = {
 _OF_FAMILY: dict[str, dict[str, tuple[int, ...]]] = {
     "router": {"block_m": _powers(1, 1024), "warps": _powers(1, 8)},
     "decode_up": _DECODE,
-    "decode_down": _DECODE,
-    "up": _GROUPED,
-    "down": _GROUPED,
+    "decode_down": {**_DECODE, "split": _powers(1, 8), "pdl": (0, 1)},
+    "up": {**_GROUPED, **_FORWARD},
+    "down": {**_GROUPED, **_FORWARD, "split": _powers(1, 4)},
     "combine": {"block_n": _powers(1, 4096), "warps": _powers(1, 8)},
     "grad_z": _GROUPED,
-    "grad_rows": _GROUPED,
+    "grad_rows": {**_GROUPED, **_MANY_TILES},
     "grad_matrix": _GRADIENT,
 }
 AXES: Mapping[str, Mapping[str, tuple[int, ...]]] = {family: {**_UNUSED, **axes} for family, axes in _OF_FAMILY.items()}
+
+# What may be changed together, besides block sizes and launch numbers.  grad_z is not persistent: compiled for sm_90, sm_100 and
+# gfx942 with 128 rows it spills 24 to 784 bytes.
+Form = Mapping[str, int]
+_TILED: tuple[Form, ...] = ({"persistent": 1}, {"persistent": 2})
+_WEIGHTS: tuple[Form, ...] = ({"tma": 1}, {"swap": 1}, {"swap": 1, "tma": 1}, *_TILED, {"persistent": 1, "tma": 1})
+FORMS: Mapping[str, tuple[Form, ...]] = {
+    "up": _WEIGHTS,
+    "down": (*_WEIGHTS, {"split": 2}, {"split": 4}),
+    "grad_rows": _TILED,
+    "decode_down": ({"pdl": 1}, {"split": 2}, {"split": 4}, {"split": 8}, {"split": 2, "pdl": 1}),
+}
 
 FORWARD = ("up", "down", "combine", "router")  # in the order in which they are tuned
 DECODE = ("decode_up", "decode_down")  # in place of up, down and combine where few rows are routed
@@ -98,9 +112,11 @@ def shared_bytes(problem: Problem, config: Config, target: Target) -> int:
     gradient = problem.kernel == "grad_matrix"
     rows = config.block_n if gradient else config.block_m
     columns = config.block_k if gradient else config.block_n * gemm_of(problem).accumulators
-    reads_alone = isinstance(target.arch, int) and target.arch >= 90 and rows >= 64
+    reads_alone = from_sm_90(target) and (config.block_n if config.swap else rows) >= 64
     stages = config.stages if reads_alone else max(1, config.stages - 1)
-    return (rows + columns) * (config.block_m if gradient else config.block_k) * DTYPES[problem.dtype] * stages
+    held = (rows + columns) * (config.block_m if gradient else config.block_k) * stages
+    stored = config.block_m * config.block_n if config.persistent else 0  # a tile on its way out while the next one comes in
+    return (held + stored) * DTYPES[problem.dtype]
 
 
 def tile_registers(problem: Problem, config: Config, warp: int) -> int:

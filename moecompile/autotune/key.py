@@ -16,6 +16,7 @@ from moecompile.autotune.bucket import bucket_of
 from moecompile.codegen.gpu_choose import Target
 from moecompile.ir import expr
 from moecompile.ir.spec import ExpertsSpec, OutOfRange, RouterSpec, Weight, WeightOn
+from moecompile.kernels.gpu.config import Config
 
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}  # bytes of an element
 TIMERS = ("device", "simulated")
@@ -117,7 +118,8 @@ def environment_of(target: Target, timer: str = "device") -> Environment:
 
 def canonical(value: Any) -> str:
     """The one text of a key or a config, whatever the order of its fields."""
-    return json.dumps(dataclasses.asdict(value), sort_keys=True, separators=(",", ":"))
+    plain = value.plain() if isinstance(value, Config) else dataclasses.asdict(value)
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"))
 
 
 def digest(value: Any) -> str:

@@ -144,4 +144,4 @@ def _differences(wanted: Key, other: Key) -> list[str]:
 
 
 def _numbers(config: Config) -> str:
-    return json.dumps(dataclasses.asdict(config)).strip("{}").replace('"', "")
+    return json.dumps(config.plain()).strip("{}").replace('"', "")

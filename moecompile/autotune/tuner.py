@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from moecompile.analysis.machine import Machine
 from moecompile.autotune import bucket
-from moecompile.autotune.candidates import MOST, candidates, target_of
+from moecompile.autotune.candidates import MOST, candidates, refusal, target_of
 from moecompile.autotune.entry import Choice, Measurement
 from moecompile.autotune.key import Key, Problem, environment_of
 from moecompile.autotune.measure import DeviceLost, Refused, Timer
@@ -105,7 +105,8 @@ class _Tuning:
         """The default first; then what was imported, and the list, at most MOST together."""
         found = candidates(self.problem, self.machine, block_m)
         proposed = self.store.proposal(self.problem)
-        if proposed is not None and proposed not in found and block_m in (None, proposed.block_m):
+        fits = proposed is not None and refusal(self.problem, proposed, target_of(self.machine)) is None
+        if proposed is not None and fits and proposed not in found and block_m in (None, proposed.block_m):
             found = [found[0], proposed, *found[1 : MOST - 1]]
         return found
 

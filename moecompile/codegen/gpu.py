@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moecompile.codegen import gpu_choose, gpu_layout, gpu_router, gpu_text, gpu_weights
+from moecompile.codegen import gpu_choose, gpu_layout, gpu_router, gpu_text, gpu_tickets, gpu_weights
 from moecompile.codegen.gpu_choose import ConfigSource, Target, choose
 from moecompile.codegen.gpu_layout import pointers, read_layouts
 from moecompile.codegen.gpu_load import load, on, triton_missing
@@ -34,7 +34,7 @@ from moecompile.errors import Unsupported
 from moecompile.ir import expr
 from moecompile.ir.spec import ExpertsSpec, WeightOn, experts_from_text, router_from_text
 from moecompile.kernels.gpu import combine, decode, down, grad_params, grad_rows, grad_weights, grad_z, permute, up
-from moecompile.kernels.gpu.config import Config, Kernel
+from moecompile.kernels.gpu.config import Config, Kernel, Operand
 from moecompile.kernels.gpu.permute import Routing
 
 __all__ = [
@@ -89,15 +89,16 @@ class _Builder:
 
     def config(self, family: str) -> Config:
         found = choose(family, self.spec, self.tokens, self.target)
-        tiled = family in ("up", "down", "grad_z", "grad_rows")
-        return dataclasses.replace(found, block_m=self.block_m) if tiled else found
+        if family in ("up", "down", "grad_z", "grad_rows"):
+            found = dataclasses.replace(found, block_m=self.block_m)
+        return gpu_choose.allowed(family, self.spec, self.layouts, found, self.target)
 
     def get(self, family: str, **options: Any) -> Kernel:
         given = tuple(sorted(options.items()))
         if (family, given) not in self.kernels:
             config = self.config(family)
             text = gpu_text.experts_text(self.spec, self.layouts, family, config, self.style, given)
-            self.kernels[family, given] = load(family, config, text)
+            self.kernels[family, given] = load(family, config, text, self.target.processors)
         return self.kernels[family, given]
 
     def route(self, ids: Tensor) -> Routing:
@@ -161,9 +162,13 @@ class GpuImplementation:
         on_input = weights if s.weight_on is WeightOn.INPUT else None
         on_output = weights if s.weight_on is WeightOn.OUTPUT else None
         ups, downs = _operands(s, layouts, params)
+        second = build.get("decode_down")
+        first = build.get("decode_up", signals=bool(second.config.pdl))
         with on(x.device):
-            decode.launch_up(build.get("decode_up"), s.intermediate, x, ups, on_input, ids, rows)
-            decode.launch_down(build.get("decode_down"), rows, downs, on_output, ids, out)
+            # before the launches: between the two nothing may run, where the second is launched before the first has ended
+            shared = gpu_tickets.shared(second.config, x, (x.shape[0], s.out_features), decode.tickets(second, out))
+            decode.launch_up(first, s.intermediate, x, ups, on_input, ids, rows)
+            decode.launch_down(second, rows, downs, on_output, ids, out, shared)
         return out
 
     def experts_train(
@@ -192,15 +197,17 @@ class GpuImplementation:
             return out, z
         x, weights, ids = _dense(x), _dense(weights), ids.contiguous()
         build, params = self._build(s, x, params, "up")
-        ups, downs = _operands(s, build.layouts, params)
         on_input = weights if s.weight_on is WeightOn.INPUT else None
         on_output = weights if s.weight_on is WeightOn.OUTPUT else None
+        first, second = build.get("up", train=train), build.get("down")
+        ups, downs = _operands(s, build.layouts, params, first.config, second.config)
         y1 = x.new_empty((rows, F), dtype=s.dtype)
         y2 = x.new_empty((rows, O), dtype=s.dtype)
         with on(x.device):
             routing = build.route(ids)
-            up.launch(build.get("up", train=train), F, x, ups, on_input, routing, y1, z)
-            down.launch(build.get("down"), O, y1, downs, routing, y2)
+            up.launch(first, F, x, ups, on_input, routing, y1, z)
+            shared = gpu_tickets.shared(second.config, x, (rows, O), down.tickets(second, O, routing))
+            down.launch(second, O, y1, downs, routing, y2, shared)
             combine.launch(build.get("combine", width=O, scaled=on_output is not None), y2, routing.place, on_output, out)
         return out, z
 
@@ -303,9 +310,19 @@ def _dense(t: Any) -> Any:
     return None if t is None else t.contiguous()
 
 
-def _operands(s: ExpertsSpec, layouts: Layouts, params: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """What the kernels take for weights: (projections then their biases), (down then its bias)."""
-    given = {name: pointers(w, params) for name, w in gpu_weights.named(s)}
+def _operands(
+    s: ExpertsSpec, layouts: Layouts, params: Sequence[Tensor], of_up: Config | None = None, of_down: Config | None = None
+) -> tuple[list[Operand], list[Operand]]:
+    """What the kernels take for weights: (projections then their biases), (down then its bias); for kernels with these configs,
+    where they read weights by descriptors."""
+    given: dict[str, Operand] = {name: pointers(w, params) for name, w in gpu_weights.named(s)}
+    if of_up is not None and of_up.tma:
+        wide = 2 if gpu_weights.interleaved(s, layouts) else 1
+        for i, w in enumerate(layouts.projections):
+            first = layouts.projections[0] if wide == 2 else w  # read for both, so that the other is never looked at
+            given[w.name] = gpu_layout.descriptor(s, first, params[s.projections[i].params[0]], of_up, wide)
+    if of_down is not None and of_down.tma:
+        given["d"] = gpu_layout.descriptor(s, layouts.down, params[s.down.params[0]], of_down)
     ups = [given[f"w{i}"] for i in range(len(s.projections))] + [given[f"b{i}"] for i, b in enumerate(s.projection_bias) if b]
     return ups, [given["d"], *([given["db"]] if s.down_bias else [])]
 

@@ -6,15 +6,20 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
+from moecompile.codegen import gpu_layout
 from moecompile.codegen.gpu_text import next_power
+from moecompile.codegen.gpu_weights import Layouts
 from moecompile.ir.spec import ExpertsSpec, RouterSpec
 from moecompile.kernels.gpu.config import Config
+
+_LOG = logging.getLogger("moecompile.runtime")
 
 FEW_PAIRS = 4096  # up to here the permutation is one kernel
 DECODE_TOKENS = 16  # above this the experts' weights are worth sharing between tokens, whatever E is
@@ -99,6 +104,33 @@ def choose(family: str, spec: ExpertsSpec | RouterSpec, tokens: int, target: Tar
         if found is not None:
             return found
     return closed_form(family, spec, tokens, target)
+
+
+def allowed(family: str, spec: ExpertsSpec, layouts: Layouts, config: Config, target: Target) -> Config:
+    """The config without the forms that the target or the layout of the weights rules out: it may have been measured on weights
+    of this shape that lie otherwise."""
+    if config.tma and (reason := no_descriptors(family, spec, layouts, config, target)):
+        _LOG.debug("%s reads its weights by pointers: %s", family, reason)
+        config = dataclasses.replace(config, tma=0)
+    if config.pdl and not from_sm_90(target):
+        config = dataclasses.replace(config, pdl=0)
+    if config.split > 1 and target.backend == "hip":  # its barrier lets stores to memory pass: see kernels/gpu/down.py
+        config = dataclasses.replace(config, split=1)
+    return config
+
+
+def no_descriptors(family: str, spec: ExpertsSpec, layouts: Layouts, config: Config, target: Target) -> str | None:
+    """Why the weights of a kernel cannot be read by tensor descriptors, or None."""
+    if family not in ("up", "down"):
+        return f"{family} has no such form"
+    if not from_sm_90(target):
+        return f"needs sm >= 90 for tensor descriptors, got {target.arch}"
+    return gpu_layout.no_descriptors(spec, layouts, family, config)
+
+
+def from_sm_90(target: Target) -> bool:
+    """Whether there are tensor descriptors, dependent launches, and tensor cores that read shared memory by 64 rows."""
+    return isinstance(target.arch, int) and target.arch >= 90
 
 
 def closed_form(family: str, spec: ExpertsSpec | RouterSpec, tokens: int, target: Target) -> Config:

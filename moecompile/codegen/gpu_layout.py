@@ -15,8 +15,9 @@ from torch import Tensor
 
 from moecompile.codegen import gpu_weights
 from moecompile.codegen.gpu_tables import table
-from moecompile.codegen.gpu_weights import Layout, Layouts
+from moecompile.codegen.gpu_weights import Layout, Layouts, interleaved
 from moecompile.ir.spec import ExpertsSpec, Weight
+from moecompile.kernels.gpu.config import Config, Operand
 
 
 def restride(w: Weight, e_count: int, sizes: tuple[int, int], strides: Sequence[int]) -> tuple[int, int, int, int] | None:
@@ -70,6 +71,29 @@ def read_layouts(spec: ExpertsSpec, params: Sequence[Tensor]) -> tuple[Layouts, 
 def pointers(w: Weight, params: Sequence[Tensor]) -> Tensor:
     """What a kernel takes for a weight: the stacked parameter, or the table of the addresses of separate ones."""
     return params[w.params[0]] if w.stacked else table([params[i] for i in w.params])
+
+
+def descriptor(spec: ExpertsSpec, layout: Layout, param: Tensor, config: Config, wide: int = 1) -> Operand:
+    """The tensor descriptor of a weight for Layout.tile: made on the host and passed by value, so that a launch allocates
+    nothing and a CUDA graph holds it."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    columns, length = _sizes(spec, layout.name)
+    shape, strides = layout.described(spec.num_experts, columns * wide, length)
+    base = param.as_strided(shape, strides, param.storage_offset() + layout.offset)
+    return TensorDescriptor(base, list(shape), list(strides), layout.block(config, wide))
+
+
+def no_descriptors(spec: ExpertsSpec, layouts: Layouts, family: str, config: Config) -> str | None:
+    """Why the weights of up or down cannot be read by tensor descriptors, or None."""
+    wide = 2 if family == "up" and interleaved(spec, layouts) else 1
+    read = (layouts.projections[:1] if wide == 2 else layouts.projections) if family == "up" else (layouts.down,)
+    for layout in read:
+        if max(layout.block(config, wide)) > 256:
+            return f"a block of {layout.name} has more than the 256 columns of a descriptor"
+        if reason := layout.no_descriptor(spec.num_experts, wide):
+            return reason
+    return None
 
 
 # ---------------------------------------------------------------- gradients

@@ -28,12 +28,12 @@ def triton_missing() -> str | None:
 
 
 @lru_cache(4096)
-def load(family: str, config: Config, text: str) -> Kernel:
+def load(family: str, config: Config, text: str, processors: int = 1) -> Kernel:
     """The kernel of a text. BuildError where it cannot be written or imported."""
     from torch._inductor.codecache import PyCodeCache
 
     try:
-        return Kernel(family, config, text, PyCodeCache.load(text))
+        return Kernel(family, config, text, PyCodeCache.load(text), processors)
     except (OSError, ImportError, SyntaxError, RuntimeError) as error:
         raise BuildError(f"the {family} kernel cannot be loaded: {type(error).__name__}: {error}") from error
 

@@ -9,19 +9,19 @@ import os
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from moecompile.codegen.gpu_choose import Target
-from moecompile.codegen.gpu_weights import Layouts
+from moecompile.codegen.gpu_weights import Layouts, interleaved
 from moecompile.errors import BuildError
 from moecompile.ir.spec import ExpertsSpec
-from moecompile.kernels.gpu.config import Kernel
+from moecompile.kernels.gpu.config import Config, Kernel
 
 INSTRUCTIONS = ("tcgen05.mma", "wgmma.mma_async", "mma.sync", "v_mfma", "cp.async", "cp.async.bulk")
-INT32 = ("TILE_MAP", "ORDER", "OFFSETS", "PLACE", "COUNTS", "TOTALS")
+INT32 = ("TILE_MAP", "ORDER", "OFFSETS", "PLACE", "COUNTS", "TOTALS", "TICKETS")
 FLOAT32 = ("MAIN", "PARTS", "SCALE", "DS", "LOGITS", "BIAS", "WEIGHTS")
 REGISTERS = 65_536  # 32-bit registers of an SM
 
@@ -30,7 +30,7 @@ REGISTERS = 65_536  # 32-bit registers of an SM
 class Built:
     """One kernel on one target. `registers` a thread; `spills` bytes of local memory a thread (0: none); `shared` bytes a
     program; `instructions`: which of INSTRUCTIONS occur; `wide`: whether operands come in by 16 bytes; `programs`: how many
-    fit one SM or CU by registers, shared memory and threads."""
+    fit one SM or CU by registers, shared memory and threads; `assembly`: what the rest was read from."""
 
     function: str
     target: Target
@@ -40,19 +40,27 @@ class Built:
     instructions: frozenset[str]
     wide: bool
     programs: int
+    assembly: str = field(repr=False)
 
 
-def signature(function: Any, spec: ExpertsSpec | None, layouts: Layouts | None) -> dict[str, str]:
-    """The type of each argument, as the launcher would find it: capitals are pointers, the rest sizes."""
+def signature(function: Any, spec: ExpertsSpec | None, layouts: Layouts | None, config: Config) -> dict[str, str]:
+    """The type of each argument, as the launcher would find it: capitals are pointers or descriptors, the rest sizes."""
     data = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
     types: dict[str, str] = {}
-    tables = set()
-    if layouts is not None:
+    tables: set[str] = set()
+    described: dict[str, list[int]] = {}
+    if layouts is not None and spec is not None:
         parts = [*layouts.projections, *layouts.projection_bias, layouts.down, layouts.down_bias]
         tables = {w.arg for w in parts if w is not None and not w.stacked}
+        if config.tma:
+            wide = 2 if interleaved(spec, layouts) else 1
+            described = {w.arg: w.block(config, wide) for w in layouts.projections}
+            described["D"] = layouts.down.block(config)
     for name in function.arg_names:
         if not name.isupper() or name in ("R", "T"):
             types[name] = "i32"
+        elif name in described and spec is not None:
+            types[name] = f"tensordesc<{data[spec.dtype].strip('*')}{described[name]}>"
         elif name in INT32:
             types[name] = "*i32"
         elif name in ("IDS", "MAINS") or name in tables:
@@ -73,10 +81,11 @@ def compile_for(
     from triton.compiler import ASTSource
 
     jit = getattr(kernel.module, function)
-    types = signature(jit, spec, layouts)
+    types = signature(jit, spec, layouts, kernel.config)
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")}
     source = ASTSource(fn=jit, signature=types, constexprs={}, attrs=aligned)
     options = {"num_warps": kernel.config.warps, "num_stages": kernel.config.stages}
+    options |= {"launch_pdl": True} if kernel.config.pdl else {}
     try:
         built = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp), options=options)
     except Exception as error:  # the compiler raises anything, RuntimeError from MLIR among it
@@ -99,6 +108,7 @@ def compile_for(
         found,
         wide is not None,
         _programs(target, kernel.config.warps, registers, shared),
+        text,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -45,8 +45,7 @@ def table(tensors: Sequence[Tensor]) -> Tensor:
                 " asks for in any case"
             )
         if found is None:
-            with ThreadPoolExecutor(1) as other:
-                found = other.submit(_made, *key).result()
+            found = apart(lambda: _made(*key))
         _TABLES[key] = found
         _TABLES.move_to_end(key)
         if captures:
@@ -58,3 +57,9 @@ def table(tensors: Sequence[Tensor]) -> Tensor:
 
 def _made(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(addresses, dtype=torch.int64, device=device)
+
+
+def apart(make: Callable[[], Tensor]) -> Tensor:
+    """What `make` copies from the host to a device, in memory that belongs to no graph."""
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(make).result()

@@ -35,9 +35,10 @@ from moecompile.kernels.gpu import (
     tile,
     up,
 )
-from moecompile.kernels.gpu.config import Config
+from moecompile.kernels.gpu.config import YOUNGER, Config
 
 TEMPLATES = {
+    "programs": tile.PROGRAMS,
     "tile": tile.SOURCE,
     "permute": permute.SOURCE,
     "up": up.SOURCE,
@@ -55,7 +56,7 @@ TEMPLATES = {
     "router": router.SOURCE,
     "grad_router": grad_router.SOURCE,
 }
-FAMILIES = tuple(name for name in TEMPLATES if name not in ("tile", "router_score", "router_post"))
+FAMILIES = tuple(name for name in TEMPLATES if name not in ("programs", "tile", "router_score", "router_post"))
 
 
 def next_power(value: int) -> int:
@@ -63,9 +64,10 @@ def next_power(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
-def _load(pointer: str, *conditions: Any) -> str:
+def _load(pointer: str, *conditions: Any, cache: str = "") -> str:
     mask = " & ".join(c for c in conditions if c)
-    return f"tl.load({pointer}, mask={mask}, other=0.0)" if mask else f"tl.load({pointer})"
+    options = (f", mask={mask}, other=0.0" if mask else "") + (f', cache_modifier="{cache}"' if cache else "")
+    return f"tl.load({pointer}{options})"
 
 
 def _store(pointer: str, value: str, *conditions: Any) -> str:
@@ -97,7 +99,23 @@ def module(family: str, title: str, config: Config, constants: dict[str, int | s
     code = "\n".join(["import triton", "import triton.language as tl", "", *used, "", "", body.strip("\n"), ""])
     key = hashlib.sha256((title + code).encode()).hexdigest()[:16]
     numbers = f"blocks {config.block_m} x {config.block_n} x {config.block_k}, {config.warps} warps, {config.stages} stages"
+    numbers += "".join(f", {axis} {value}" for axis, value in config.plain().items() if axis in YOUNGER)
     return f"# moe {family}: {title}\n# {numbers}, key {key}\n{code}"
+
+
+def _form(config: Config) -> dict[str, Any]:
+    """What the templates know of a config besides its block sizes."""
+    split = " * SPLIT" if config.split > 1 else ""
+    return {
+        "swap": config.swap,
+        "tma": config.tma,
+        "split": config.split,
+        "persistent": config.persistent,
+        "deeper": 4 if config.persistent else 0,
+        "jit": "@triton.jit" if config.persistent else '@triton.jit(do_not_specialize=["tiles"])',
+        "tiles": "" if config.persistent else ", tiles",
+        "grid": "(programs,)" if config.persistent else f"(tiles * N_TILES{split},)",
+    }
 
 
 def _title(spec: ExpertsSpec) -> str:
@@ -114,7 +132,10 @@ class Style:
     interpret: bool = False
     precision: str = "ieee"
 
-    def dot(self, dtype: torch.dtype, a: str, b: str, acc: str) -> str:
+    def dot(self, dtype: torch.dtype, a: str, b: str, acc: str, swap: int = 0) -> str:
+        """acc + a b; swapped, acc + b^T a^T, which is the transpose of that."""
+        if swap:
+            a, b = f"tl.trans({b})", f"tl.trans({a})"
         if dtype == torch.float32:
             return f'tl.dot({a}, {b}, {acc}, input_precision="{self.precision}")'
         if self.interpret:
@@ -133,6 +154,7 @@ def experts_text(
     """The module of `family` for a layer. `options`: what this use of the family needs, as (name, value) pairs:
 
     up            train                 the pre-activations are kept
+    decode_up     signals               where true, decode_down may be launched before this has ended
     combine       width, scaled         columns of the rows; whether SCALE multiplies them
     grad_z        need_y, parts         the activated rows are kept; the routing weights get a gradient
     grad_rows     parts                 the routing weights get a gradient
@@ -149,6 +171,11 @@ def experts_text(
     columns = {"up": F, "grad_z": F, "down": O, "grad_rows": H}.get(family)
     if columns is not None:
         constants["N_TILES"] = -(-columns // config.block_n)
+    if family == "decode_down":
+        constants["SPLIT"] = config.split
+    if family == "down":
+        steps = -(-F // config.block_k)
+        constants |= {"SPLIT": config.split, "SPAN": -(-steps // config.split) * config.block_k}
     on_input, on_output = spec.weight_on is WeightOn.INPUT, spec.weight_on is WeightOn.OUTPUT
     context: dict[str, Any] = {
         "P": P,
@@ -161,7 +188,9 @@ def experts_text(
         "on_output": on_output,
         "wraps": spec.out_of_range is OutOfRange.INDEX,
         "dtype": TYPES[spec.dtype],
-        "dot": lambda a, b, acc: style.dot(spec.dtype, a, b, acc),
+        "dot": lambda a, b, acc: style.dot(spec.dtype, a, b, acc, config.swap),
+        "zeros": lambda m, n: f"tl.zeros(({n}, {m}), tl.float32)" if config.swap else f"tl.zeros(({m}, {n}), tl.float32)",
+        **_form(config),
     }
     if family in ("up", "decode_up"):
         context |= {
@@ -185,7 +214,10 @@ def experts_text(
         context |= _grad_context(spec, layouts, given["which"], given["into"])
         constants |= {"N": context["n"], "M": context["k"], "M_TILES": -(-context["k"] // config.block_k)}
     if family.startswith("decode"):
+        context["waits"] = config.pdl and not style.interpret
         context["expert"] = _ENVIRONMENT.from_string(decode.EXPERT).render(wraps=context["wraps"]).rstrip("\n")
+    if family == "decode_up":
+        given["signals"] = given.get("signals", False) and not style.interpret
     return module(family, _title(spec), config, constants, context | given)
 
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 
 from moecompile.ir.spec import ExpertsSpec, Weight
+from moecompile.kernels.gpu.config import Config
 
 TYPES = {torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16", torch.float32: "tl.float32"}
 
@@ -66,6 +67,37 @@ class Layout:
 
     def step_n(self, n0: str) -> str:
         return " + " + _term(n0, self.n)
+
+    def tile(self, n0: str, k0: str, columns: str = "BN") -> str:
+        """A tile [BK, columns] of expert e, by the tensor descriptor that `described` lays out: zeros past its ends."""
+        if self.k == 1:
+            return f"tl.trans(tl.reshape({self.arg}.load([e, {n0}, {k0}]), ({columns}, BK)))"
+        return f"tl.reshape({self.arg}.load([e, {k0}, {n0}]), (BK, {columns}))"
+
+    def block(self, config: Config, wide: int = 1) -> list[int]:
+        """The block that `tile` loads at a time, of BN times `wide` columns."""
+        columns = config.block_n * wide
+        return [1, columns, config.block_k] if self.k == 1 else [1, config.block_k, columns]
+
+    def described(self, experts: int, columns: int, length: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Shape and strides of the descriptor of E x `columns` x `length`: the dimension of unit stride is the last."""
+        inner, outer = (length, columns) if self.k == 1 else (columns, length)
+        step = self.n if self.k == 1 else self.k
+        return (experts, outer, inner), (self.e or outer * step, step, 1)
+
+    def no_descriptor(self, experts: int, unit: int = 1) -> str | None:
+        """Why no tensor descriptor can say where this weight lies, or None; `unit`: the stride n that neighbours have."""
+        if not self.stacked:
+            return f"the experts of {self.name} are separate parameters"
+        if self.k != 1 and self.n != unit:
+            return f"{self.name} has no dimension of unit stride"
+        size = self.dtype.itemsize
+        strides = (self.n if self.k == 1 else self.k, self.e, self.offset)
+        if not self.aligned or any(s * size % 16 for s in strides):
+            return f"strides or start of {self.name} do not divide by 16 bytes"
+        if strides[0] == 0 or (self.e == 0 and experts > 1):
+            return f"{self.name} is expanded: one of its strides is 0"
+        return None
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from moecompile.codegen import gpu_choose
 from moecompile.codegen.gpu import triton_missing
 from moecompile.errors import BuildError
 from moecompile.ir.spec import RouterSpec
+from moecompile.kernels.gpu.config import YOUNGER
 
 MODELS = {  # hidden, intermediate, experts, top_k
     "mixtral-8x7b": (4096, 14336, 8, 2),
@@ -211,7 +212,9 @@ def _report(outcomes: Sequence[Outcome]) -> None:
             print(f"{name:42} {'-':>9} {'-':>6} {'-':>6}  no time was left for a choice; run again to go on")
             continue
         share, gain = outcome.floor / choice.seconds, choice.default_seconds / choice.seconds
-        numbers = "/".join(str(v) for v in vars(choice.config).values())
+        plain = choice.config.plain()
+        form = "".join(f" {axis}={plain[axis]}" for axis in YOUNGER if axis in plain)
+        numbers = "/".join(str(v) for axis, v in plain.items() if axis not in YOUNGER) + form
         note = {"budget": "  (not all tried; run again to go on)", "stored": "  (stored before)"}.get(outcome.stopped, "")
         print(f"{name:42} {choice.seconds * 1e6:9.1f} {100 * share:5.0f}% {gain:5.2f}x  {numbers}{note}")
-    print("configuration: block_m/block_n/block_k/warps/stages/group; gain: over what runs untuned, timed turn by turn")
+    print("configuration: block_m/block_n/block_k/warps/stages/group, form; gain: over what runs untuned, timed turn by turn")

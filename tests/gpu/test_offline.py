@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 
 import pytest
 import torch
 
 from moecompile.analysis.machine import MACHINES
 from moecompile.autotune import candidates, family, key
-from moecompile.codegen import gpu_offline, gpu_weights
+from moecompile.codegen import gpu_choose, gpu_load, gpu_offline, gpu_text, gpu_weights
 from moecompile.codegen.gpu_choose import TARGETS
 from moecompile.ir.spec import WeightOn
+from moecompile.kernels.gpu.config import Config
 from tests.gpu import families, layers
 
 triton = pytest.importorskip("triton")
@@ -81,6 +83,70 @@ def test_every_family_compiles(name: str, target_name: str, rows: float, record:
         record[f"{name}, {form}, {target_name}, {rows:g}"] = [
             built.registers, built.shared, built.programs, " ".join(sorted(built.instructions))
         ]  # fmt: skip
+
+
+MODERN = {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+FORMS = {  # family, its options, config, and for each target what has to be among the instructions
+    "up swapped": ("up", {"train": False}, Config(16, 64, 128, 4, 3, swap=1), MODERN),
+    "down swapped": ("down", {}, Config(32, 128, 128, 4, 3, swap=1), MODERN),
+    "up tma": ("up", {"train": True}, Config(128, 128, 64, 8, 3, tma=1), MODERN),
+    "down tma": ("down", {}, Config(64, 128, 64, 4, 4, tma=1), MODERN),
+    "down swapped tma": ("down", {}, Config(16, 128, 128, 4, 3, swap=1, tma=1), MODERN),
+    "up persistent": ("up", {"train": True}, Config(64, 64, 64, 4, 2, persistent=2), dict.fromkeys(TARGETS, "")),
+    "up persistent tma": ("up", {"train": True}, Config(128, 128, 64, 8, 3, persistent=1, tma=1), MODERN),
+    "down persistent": ("down", {}, Config(128, 128, 64, 8, 2, persistent=1), dict.fromkeys(TARGETS, "")),
+    "grad_rows persistent": ("grad_rows", {"parts": False}, Config(128, 128, 64, 8, 2, persistent=1), dict.fromkeys(TARGETS, "")),
+    "down split": ("down", {}, Config(16, 128, 64, 4, 3, split=4), dict.fromkeys(NVIDIA, "mma.sync")),
+    "decode_down split": ("decode_down", {}, Config(1, 16, 256, 4, 3, split=4), dict.fromkeys(NVIDIA, "")),
+    "decode_down pdl": ("decode_down", {}, Config(1, 16, 256, 4, 3, pdl=1), dict.fromkeys(MODERN, "")),
+    "decode_up signals": ("decode_up", {"signals": True}, Config(1, 16, 256, 4, 3), dict.fromkeys(MODERN, "")),
+}
+
+
+@pytest.mark.parametrize("form,target_name", [(form, target) for form in FORMS for target in FORMS[form][3]], ids=str)
+def test_every_form_compiles(form: str, target_name: str, record: dict[str, list[int | str]]) -> None:
+    family_, options, config, wanted = FORMS[form]
+    spec, target = LAYERS["qwen3"], TARGETS[target_name]
+    layouts = gpu_weights.contiguous_layouts(spec)
+    assert gpu_choose.allowed(family_, spec, layouts, config, target) == config
+    text = gpu_text.experts_text(spec, layouts, family_, config, gpu_text.Style(), tuple(sorted(options.items())))
+    built = gpu_offline.compile_for(gpu_load.load(family_, config, text), family_, target, spec, layouts)
+    assert built.spills == 0 and built.shared <= target.shared_memory
+    assert not wanted[target_name] or wanted[target_name] in built.instructions
+    assert ("cp.async.bulk" in built.instructions) == bool(config.tma)
+    assert built.assembly.count("griddepcontrol.wait") == config.pdl
+    assert built.assembly.count("griddepcontrol.launch_dependents") == int(form == "decode_up signals")
+    if config.split > 1:
+        _stores_come_before_the_ticket(built.assembly)
+    record[f"qwen3, {form}, {target_name}"] = [
+        built.registers, built.shared, built.programs, " ".join(sorted(built.instructions))
+    ]  # fmt: skip
+
+
+def _stores_come_before_the_ticket(ptx: str) -> None:
+    """The one atomic is an acq_rel addition at device scope between two barriers; the parts are stored before the first, and
+    loaded, past L1, after the second."""
+    lines = [line for line in ptx.splitlines() if re.search(r"st\.global|ld\.global|atom\.|bar\.sync", line)]
+    drawn = [i for i, line in enumerate(lines) if "atom." in line]
+    assert len(drawn) == 1 and "atom.global.gpu.acq_rel.add.u32" in lines[drawn[0]]
+    before, after = lines[: drawn[0]], lines[drawn[0] + 1 :]
+    last_barrier = max(i for i, line in enumerate(before) if "bar.sync" in line)
+    assert not [line for line in before[last_barrier:] if "global" in line]
+    assert [line for line in before if "st.global" in line]
+    loads = [i for i, line in enumerate(after) if "ld.global.cg" in line]
+    assert loads and min(loads) > min(i for i, line in enumerate(after) if "bar.sync" in line)
+
+
+def test_on_amd_a_barrier_does_not_wait_for_stores() -> None:
+    """Why no sum is split there. When this fails, Triton waits: the refusal of splits on hip can go."""
+    spec, config, target = LAYERS["qwen3"], Config(16, 128, 64, 4, 2, split=4), TARGETS["gfx942"]
+    layouts = gpu_weights.contiguous_layouts(spec)
+    text = gpu_text.experts_text(spec, layouts, "down", config, gpu_text.Style())
+    built = gpu_offline.compile_for(gpu_load.load("down", config, text), "down", target, spec, layouts)
+    between = built.assembly[: built.assembly.index("buffer_wbl2")].rsplit("global_store_dwordx4", 1)[1]
+    assert "s_barrier" in between and "vmcnt" not in between[: between.index("s_barrier")]
+    assert gpu_choose.allowed("down", spec, layouts, config, target).split == 1
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Runs in an ordinary pytest process. MOE_UPDATE_GOLDEN=1 writes the goldens anew.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import os
 import pathlib
 import re
@@ -27,19 +28,29 @@ TRANSPOSED = layers.make(E=8, K=2, H=64, F=80, bias=True, layout="interleaved-tr
 CONFIG = Config(16, 32, 32, 4, 3)
 
 
-def text(spec: object, family: str, **options: object) -> str:
+SWAPPED = dataclasses.replace(CONFIG, swap=1, tma=1)
+SPLIT = dataclasses.replace(CONFIG, split=4)
+
+
+def text(spec: object, family: str, config: Config = CONFIG, **options: object) -> str:
     given = tuple(sorted(options.items()))
-    return gpu_text.experts_text(spec, gpu_weights.contiguous_layouts(spec), family, CONFIG, gpu_text.Style(), given)  # type: ignore[arg-type]
+    return gpu_text.experts_text(spec, gpu_weights.contiguous_layouts(spec), family, config, gpu_text.Style(), given)  # type: ignore[arg-type]
 
 
+TICKET = 'tl.atomic_add(ticket_at, 1, sem="acq_rel", scope="gpu") < SPLIT - 1'  # the one atomic there is: of an integer
 GOLDENS = {
     "up": lambda: text(SPEC, "up", train=True),
     "up_separate": lambda: text(PLAIN, "up", train=False),
     "up_interleaved": lambda: text(TRANSPOSED, "up", train=False),
+    "up_swapped": lambda: text(SPEC, "up", SWAPPED, train=False),
+    "up_persistent": lambda: text(TRANSPOSED, "up", dataclasses.replace(CONFIG, persistent=2, tma=1), train=False),
     "down": lambda: text(SPEC, "down"),
+    "down_split": lambda: text(SPEC, "down", SPLIT),
     "combine": lambda: text(SPEC, "combine", width=64, scaled=True),
     "decode_up": lambda: text(PLAIN, "decode_up"),
+    "decode_up_signals": lambda: text(PLAIN, "decode_up", signals=True),
     "decode_down": lambda: text(SPEC, "decode_down"),
+    "decode_down_split": lambda: text(SPEC, "decode_down", dataclasses.replace(SPLIT, pdl=1)),
     "grad_z": lambda: text(SPEC, "grad_z", need_y=True, parts=True),
     "grad_rows": lambda: text(SPEC, "grad_rows", parts=False),
     "grad_weights": lambda: text(SPEC, "grad_weights", num_parts=3),
@@ -70,7 +81,7 @@ def test_golden(name: str) -> None:
 def test_a_source_is_bit_repeatable_and_never_waits(name: str) -> None:
     source = GOLDENS[name]()
     ast.parse(source)
-    assert "atomic" not in source
+    assert source.count("atomic") == source.count(TICKET) == name.endswith("_split")
     assert ".item(" not in source and ".cpu(" not in source
     assert source.isascii() and not [line for line in source.splitlines() if line != line.rstrip()]
     assert re.match(r"# moe \w+: .*\n# blocks .*, key [0-9a-f]{16}\n", source)
@@ -79,8 +90,8 @@ def test_a_source_is_bit_repeatable_and_never_waits(name: str) -> None:
 def test_launches_never_wait() -> None:
     root = pathlib.Path(gpu.__file__).resolve().parents[2]
     for path in [*(root / "kernels" / "gpu").glob("*.py"), *(root / "moecompile" / "codegen").glob("gpu*.py")]:
-        for call in (".item(", ".tolist(", ".cpu(", "synchronize", ".nonzero(", "atomic_add", "atomic_xchg"):
-            assert call not in path.read_text(), f"{path.name} has {call}"
+        for call in (".item(", ".tolist(", ".cpu(", "synchronize", ".nonzero(", "atomic_"):
+            assert call not in path.read_text().replace(TICKET, ""), f"{path.name} has {call}"
 
 
 def test_loaded_indices_are_int64_before_they_meet_a_stride() -> None:
@@ -90,6 +101,47 @@ def test_loaded_indices_are_int64_before_they_meet_a_stride() -> None:
             for index in ("row", "token", "e", "pair"):
                 wrong = re.search(rf"(?<![\w.]){index}(\[:, None\]|\[None, :\])? \* (H|F|O|N|\d{{2,}})\b", line)
                 assert wrong is None, f"{name}: {line.strip()}"
+
+
+def test_a_kernel_that_starts_early_waits_before_it_reads() -> None:
+    lines = GOLDENS["decode_down_split"]().splitlines()
+    wait = next(i for i, line in enumerate(lines) if "gdc_wait" in line)
+    assert not [line for line in lines[:wait] if "tl.load" in line or "tl.store" in line]
+    assert "gdc" not in GOLDENS["decode_down"]() + GOLDENS["decode_up"]()
+    interpreted = gpu_text.Style(interpret=True)
+    layouts = gpu_weights.contiguous_layouts(SPEC)
+    for family, given in (("decode_down", ()), ("decode_up", (("signals", True),))):
+        assert "gdc" not in gpu_text.experts_text(SPEC, layouts, family, dataclasses.replace(CONFIG, pdl=1), interpreted, given)
+
+
+def test_parts_are_stored_before_the_ticket_is_drawn_and_read_after() -> None:
+    for name in ("down_split", "decode_down_split"):
+        lines = GOLDENS[name]().splitlines()
+        stored, barrier, drawn, reset, read = (
+            next(i for i, line in enumerate(lines) if mark in line)
+            for mark in ("tl.store(parts_at", "tl.debug_barrier()", TICKET, "tl.store(ticket_at, 0)", "tl.load(parts_at")
+        )
+        assert stored < barrier < drawn < reset < read
+        assert all('cache_modifier=".cg"' in line for line in lines if "tl.load(parts_at" in line)
+
+
+def test_the_forms_that_a_target_lacks_are_left_out() -> None:
+    layouts = gpu_weights.contiguous_layouts(SPEC)
+    for name, target in gpu_choose.TARGETS.items():
+        modern = name in ("sm_90", "sm_100")
+        for family, config in (("up", SWAPPED), ("down", SPLIT), ("decode_down", dataclasses.replace(SPLIT, pdl=1))):
+            found = gpu_choose.allowed(family, SPEC, layouts, config, target)
+            assert found.tma == (config.tma if modern else 0)
+            assert found.pdl == (config.pdl if modern else 0)
+            assert found.split == (1 if name == "gfx942" else config.split)
+
+
+@pytest.mark.parametrize(
+    "numbers", ({"swap": 2}, {"persistent": 9}, {"split": 3}, {"tma": True}, {"split": 2, "persistent": 1}), ids=str
+)
+def test_a_config_refuses_what_it_cannot_mean(numbers: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"config: {next(iter(numbers))}"):
+        dataclasses.replace(CONFIG, **numbers)
 
 
 def test_the_key_covers_numbers_and_spec() -> None:

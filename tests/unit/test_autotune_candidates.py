@@ -14,7 +14,7 @@ from moecompile.autotune.candidates import MOST, candidates, closed_form, estima
 from moecompile.autotune.key import Problem, problem_of, spec_of
 from moecompile.codegen import gpu_choose
 from moecompile.ir.spec import ExpertsSpec
-from moecompile.kernels.gpu.config import Config
+from moecompile.kernels.gpu.config import YOUNGER, Config
 
 H200 = MACHINES["H200"]
 SHAPES = {  # hidden, intermediate, experts, top_k, output, projections
@@ -69,6 +69,86 @@ def test_row_tiles_of_a_fixed_height() -> None:
         found = candidates(problem(kernel, 3), H200, block_m=height)
         assert {c.block_m for c in found} == {height}
         assert all(refusal(problem(kernel, 3), c, target_of(H200)) is None for c in found)
+
+
+FORMS = {  # forms that the list has: kernel, bucket of rows per expert, shape, machine
+    ("up", 2, "qwen3", "H200"): {"swap", "tma", "persistent"},
+    ("up", 6, "qwen3", "H200"): {"tma", "persistent"},
+    ("up", 6, "qwen3", "A100"): {"persistent"},
+    ("up", 2, "qwen3", "MI300X"): {"persistent"},
+    ("down", 1, "mixtral", "H200"): {"swap", "tma", "persistent", "split"},
+    ("down", 1, "mixtral", "MI300X"): {"persistent"},
+    ("grad_rows", 6, "qwen3", "H200"): {"persistent"},
+    ("grad_z", 6, "qwen3", "H200"): set(),
+    ("decode_down", 0, "mixtral", "H200"): {"split", "pdl"},
+    ("decode_down", 0, "mixtral", "MI300X"): set(),
+}
+
+
+@pytest.mark.parametrize("case", FORMS, ids=str)
+def test_every_form_that_the_machine_has_is_tried_once(case: tuple[str, int, str, str]) -> None:
+    kernel, index, shape, machine = case
+    found = candidates(problem(kernel, index, shape), MACHINES[machine])
+    assert all(name not in YOUNGER for name in found[0].plain()), "the closed form is the plain form"
+    forms = [tuple((n, v) for n, v in c.plain().items() if n in YOUNGER) for c in found]
+    assert {name for form in forms for name, _ in form} == FORMS[case]
+    assert len({f for f in forms if f}) == len([f for f in forms if f])
+
+
+@pytest.mark.parametrize("kernel", family.FORMS)
+def test_a_form_is_made_of_the_axes(kernel: str) -> None:
+    plain = closed_form(problem(kernel, 1), target_of(H200))
+    for form in family.FORMS[kernel]:
+        assert family.check(kernel, dataclasses.asdict(dataclasses.replace(plain, **form))) is None
+    for name in YOUNGER:
+        tried = {form.get(name, getattr(plain, name)) for form in family.FORMS[kernel]} | {getattr(plain, name)}
+        assert tried == set(family.AXES[kernel][name]), name
+
+
+def test_a_form_is_tried_where_it_can_pay() -> None:
+    for shape, index, kernel in itertools.product(SHAPES, range(7), ("up", "down")):
+        one = problem(kernel, index, shape)
+        tokens = bucket.representative(index, one.top_k, one.num_experts)
+        for config in candidates(one, H200):
+            columns = -(-family.gemm_of(one).n // config.block_n)
+            assert not config.swap or (config.block_m <= 32 and config.block_n >= 64)
+            assert not config.persistent or tokens * one.top_k * columns > config.persistent * H200.sms
+            assert config.split == 1 or (-(-tokens * one.top_k // config.block_m)) * columns < 2 * H200.sms
+
+
+@pytest.mark.parametrize(
+    ("kernel", "form", "machine", "why"),
+    [("up", {"swap": 1}, "A100", "sm >= 90"), ("down", {"tma": 1}, "MI300X", "sm >= 90 for tensor descriptors"),
+     ("down", {"split": 2}, "MI300X", "barrier"), ("decode_down", {"pdl": 1}, "A100", "dependent launches")],
+)  # fmt: skip
+def test_a_form_that_the_machine_lacks_is_refused_with_the_reason(
+    kernel: str, form: dict[str, int], machine: str, why: str
+) -> None:
+    one, target = problem(kernel, 1), target_of(MACHINES[machine])
+    plain = closed_form(one, target)
+    assert refusal(one, plain, target) is None
+    assert why in str(refusal(one, dataclasses.replace(plain, **form), target))
+    assert refusal(one, dataclasses.replace(closed_form(one, target_of(H200)), **form), target_of(H200)) is None
+
+
+def test_descriptors_want_rows_of_16_bytes() -> None:
+    config = dataclasses.replace(closed_form(problem("up", 3, "tiny"), target_of(H200)), tma=1)
+    assert "16 bytes" in str(refusal(problem("up", 3, "tiny"), config, target_of(H200)))
+
+
+@pytest.mark.parametrize(
+    ("arch", "family_", "config", "shared"),
+    [
+        ("sm_80", "down", Config(16, 128, 128, 4, 4, swap=1), 110592),
+        ("sm_90", "down", Config(16, 128, 128, 4, 4, swap=1), 147456),
+        ("sm_90", "up", Config(16, 64, 128, 4, 4, swap=1), 147456),
+        ("sm_90", "up", Config(128, 128, 64, 8, 3, persistent=1), 180224),
+        ("sm_90", "down", Config(128, 128, 64, 8, 3, persistent=1), 131072),
+    ],
+)
+def test_shared_memory_of_a_form_is_what_the_compiler_said(arch: str, family_: str, config: Config, shared: int) -> None:
+    """Compiled offline with Triton 3.7.1 and 3.6.0."""
+    assert family.shared_bytes(problem(family_, 1), config, gpu_choose.TARGETS[arch]) == shared
 
 
 def test_the_list_tries_more_than_one_tile() -> None:

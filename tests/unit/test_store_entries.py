@@ -11,7 +11,7 @@ import pytest
 
 from moecompile.autotune import entry
 from moecompile.autotune.entry import Choice, Entry, Measurement, Proposal
-from moecompile.autotune.key import Environment, Key, Problem
+from moecompile.autotune.key import Environment, Key, Problem, digest
 from moecompile.kernels.gpu.config import Config
 
 PROBLEM = Problem("up", "bfloat16", 2048, 768, 128, 8, 2048, 2, bucket=3)
@@ -24,9 +24,13 @@ ENTRIES = (
     Choice(KEY, CONFIG, 1.9e-4, 2.0e-4),
     Proposal(KEY, CONFIG),
 )
+FORMED = (
+    Choice(KEY, dataclasses.replace(CONFIG, block_m=32, swap=1, tma=1), 1.9e-4, 2.0e-4),
+    Measurement(KEY, dataclasses.replace(CONFIG, persistent=2), 1.9e-4, ""),
+)
 
 
-@pytest.mark.parametrize("item", ENTRIES, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("item", (*ENTRIES, *FORMED), ids=lambda e: type(e).__name__)
 def test_text_comes_back(item: Entry) -> None:
     assert entry.from_text(entry.to_text(item)) == item
 
@@ -99,6 +103,28 @@ def test_truncated_text_is_refused(cut: int) -> None:
     whole = entry.to_text(ENTRIES[2]).encode()
     with pytest.raises(ValueError):
         entry.from_text(whole[: min(cut, len(whole) - 3)])
+
+
+def test_an_entry_from_before_the_younger_axes_is_what_it_was() -> None:
+    """Its text names six numbers, and so does the name of its file: both are as they were when there were no more."""
+    plain = entry.to_plain(ENTRIES[0])
+    assert list(plain["config"]) == ["block_m", "block_n", "block_k", "warps", "stages", "group"]
+    assert entry.from_plain(plain) == ENTRIES[0]
+    assert entry.file_name(ENTRIES[0]) == f"measured-{digest(KEY)}-711d800d66982aa0551282cc.json"
+
+
+@pytest.mark.parametrize(("name", "value"), [("swap", 2), ("tma", True), ("persistent", 3), ("split", 2), ("pdl", 1), ("wings", 2)])
+def test_a_younger_axis_has_its_own_list(name: str, value: Any) -> None:
+    plain = entry.to_plain(ENTRIES[0])
+    with pytest.raises(ValueError, match=name):
+        entry.from_plain({**plain, "config": {**plain["config"], name: value}})
+
+
+def test_axes_that_exclude_each_other_are_refused_together() -> None:
+    key = Key(dataclasses.replace(PROBLEM, kernel="down"), ENVIRONMENT)
+    plain = entry.to_plain(Measurement(key, dataclasses.replace(CONFIG, split=2), 1e-4, ""))
+    with pytest.raises(ValueError, match="split"):
+        entry.from_plain({**plain, "config": {**plain["config"], "persistent": 1}})
 
 
 def test_a_refused_configuration_has_no_time() -> None:

@@ -56,6 +56,21 @@ MUTANTS = (
     Mutant("ids: negative taken", "clean", "(pair_e >= 0) & (pair_e < E)", "pair_e < E"),
     Mutant("ids: past E taken", "clean", "(pair_e >= 0) & (pair_e < E)", "pair_e >= 0"),
     Mutant("ids: no wrap", "clean", "pair_e + E, pair_e)", "pair_e, pair_e)"),
+    Mutant(
+        "schedule: one tile too few in use", "schedule", "tl.store(OFFSETS + E + 1, used)", "tl.store(OFFSETS + E + 1, used - 1)"
+    ),
+    Mutant(
+        "schedule: one tile too many in use", "schedule", "tl.store(OFFSETS + E + 1, used)", "tl.store(OFFSETS + E + 1, used + 1)"
+    ),
+    # programs that take many tiles, or part of one
+    Mutant("programs: last tile lost", "programs", "tiles * N_TILES - tl", "tiles * N_TILES - 1 - tl"),
+    Mutant("programs: every other tile", "programs", "tl.num_programs(0), flatten", "tl.num_programs(0) * 2, flatten"),
+    Mutant(
+        "programs: all begin at the first tile", "programs", "pid = done + tl.program_id(0)", "pid = done + tl.program_id(0) * 0"
+    ),
+    Mutant("programs: columns of one row tile only", "programs", "tiles * N_TILES - tl", "tiles - tl"),
+    Mutant("programs: parts and tiles mixed up", "programs", "tl.program_id(0) // SPLIT", "tl.program_id(0) % SPLIT"),
+    Mutant("programs: every program the first part", "programs", "tl.program_id(0) % SPLIT", "tl.program_id(0) % SPLIT * 0"),
     # GEMM 1
     Mutant("up: wrong token", "up", "(pair // K)", "(pair % K)"),
     Mutant("up: activation forgets the bias", "up", "acc{{ b.index }} += ", "acc{{ b.index }} += 0.0 * "),
@@ -71,10 +86,30 @@ MUTANTS = (
         'y.to(Y.dtype.element_ty)", "live[:, None]"',
     ),
     Mutant("up: alternate columns swapped", "up", "acc0, acc1 = tl.split", "acc1, acc0 = tl.split"),
+    Mutant("up: swapped and not swapped back", "up", "acc{{ loop.index0 }} = tl.trans(acc{{ loop.index0 }})", "pass"),
+    Mutant("up: swapped alternate columns not swapped back", "up", "acc = tl.trans(acc)", "pass"),
+    Mutant("up: descriptor at the first columns", "up", 'w.tile("column * BN", "k0")', 'w.tile("0", "k0")'),
+    Mutant("up: descriptor at the first step", "up", 'w.tile("column * BN", "k0")', 'w.tile("column * BN", "0")'),
+    Mutant("up: descriptor of alternate columns in half steps", "up", '"column * (2 * BN)"', '"column * BN"'),
     # GEMM 2 and combine
     Mutant("down: last step of the sum skipped", "down", "range(0, F, BK)", "range(0, F - BK, BK)"),
     Mutant("down: bias forgotten", "down", "acc += ", "acc += 0.0 * "),
     Mutant("down: k mask dropped", "down", 'F % BK and "(k0 + k < F)[None, :]"', "0"),
+    Mutant("down: swapped and not swapped back", "down", "acc = tl.trans(acc)", "pass"),
+    Mutant("down: descriptor at the first columns", "down", 'D.tile("column * BN", "k0")', 'D.tile("0", "k0")'),
+    Mutant("down: parts overlap", "down", "tl.minimum(part * SPAN + SPAN, F)", "tl.minimum(part * SPAN + SPAN + BK, F)"),
+    Mutant("down: parts run past the end", "down", "tl.minimum(part * SPAN + SPAN, F)", "part * SPAN + SPAN + 0 * F"),
+    Mutant("down: every part from the start", "down", "range(part * SPAN,", "range(0 * part,"),
+    Mutant("down: parts in one place", "down", 'store("parts_at + part * O"', 'store("parts_at"'),
+    Mutant(
+        "down: parts of masked rows", "down", '"parts_at + part * O", "acc", "live[:, None]"', '"parts_at + part * O", "acc", "1"'
+    ),
+    Mutant("down: ticket drawn too early", "down", "< SPLIT - 1", "< SPLIT - 2"),
+    Mutant("down: ticket never the last", "down", "< SPLIT - 1", "< SPLIT"),
+    Mutant("down: ticket not put back", "down", "tl.store(ticket_at, 0)", "tl.store(ticket_at, SPLIT)"),
+    Mutant("down: one ticket for all", "down", "TICKETS + pid", "TICKETS + 0 * pid"),
+    Mutant("down: first part twice", "down", '"parts_at + i * O"', '"parts_at + 0 * O"'),
+    Mutant("down: last part left out", "down", "range(1, SPLIT)", "range(1, SPLIT - 1)"),
     Mutant("combine: weight forgotten", "combine", "scale * y", "y"),
     Mutant("combine: last slot lost", "combine", "range(K)", "range(K - 1)"),
     Mutant("combine: skipped rows added", "combine", "tl.where(row >= 0, scale * y, 0.0)", "scale * (y + 1.0)"),
@@ -92,6 +127,14 @@ MUTANTS = (
     Mutant("decode down: last slot lost", "decode_down", "range(K)", "range(K - 1)"),
     Mutant("decode down: bias forgotten", "decode_down", "total += ", "total += 0.0 * "),
     Mutant("decode down: last step of the sum skipped", "decode_down", "range(0, F, BK)", "range(0, F - BK, BK)"),
+    Mutant("decode down: slots of one part", "decode_down", "range(part, K, SPLIT)", "range(part * 0, K, SPLIT)"),
+    Mutant("decode down: slots by one", "decode_down", "range(part, K, SPLIT)", "range(part, K)"),
+    Mutant("decode down: parts in one place", "decode_down", 'store("parts_at + part * O"', 'store("parts_at"'),
+    Mutant("decode down: ticket drawn too early", "decode_down", "< SPLIT - 1", "< SPLIT - 2"),
+    Mutant("decode down: ticket not put back", "decode_down", "tl.store(ticket_at, 0)", "tl.store(ticket_at, SPLIT)"),
+    Mutant("decode down: one ticket for all columns", "decode_down", "+ tl.program_id(1)\n", "+ tl.program_id(1) * 0\n"),
+    Mutant("decode down: one ticket for all tokens", "decode_down", "token * tl.num_programs(1)", "token * 0"),
+    Mutant("decode down: last part left out", "decode_down", "range(1, SPLIT)", "range(1, SPLIT - 1)"),
     Mutant("decode: id E taken", "expert", "(e64 < E)", "(e64 <= E)"),
     Mutant("decode: negative id taken", "expert", "(e64 >= 0) & ", ""),
     # backward

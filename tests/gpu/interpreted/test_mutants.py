@@ -20,7 +20,7 @@ from moecompile.codegen import gpu, gpu_choose, gpu_router_text, gpu_text
 from moecompile.ir.spec import OutOfRange, RouterSpec, WeightOn
 from moecompile.kernels.gpu import decode, permute
 from tests.gpu import layers
-from tests.gpu.interpreted import agree, test_main_gradient, test_permute, test_router, test_router_backward
+from tests.gpu.interpreted import agree, test_forms, test_main_gradient, test_permute, test_router, test_router_backward
 from tests.gpu.interpreted.mutants import MUTANTS, Mutant
 
 ROUTER_TEXTS = (gpu_router_text.router_text, gpu_router_text.grad_router_text)
@@ -108,6 +108,26 @@ def router_gradients() -> None:
     test_router_backward.test_scores_that_underflow_have_no_slope()
 
 
+def forms() -> None:
+    """Each form of the grouped products, several tiles for each program, sums of no whole number of parts."""
+    for form in ({"swap": 1, "tma": 1}, {"persistent": 1, "tma": 1}, {"persistent": 2}, {"swap": 1, "split": 2}, {"split": 4}):
+        with pytest.MonkeyPatch.context() as patch:
+            test_forms.use(form, patch)
+            for layout in ("stacked", "interleaved-transposed") if "split" not in form else ("stacked",):
+                spec = layers.make(E=3, K=2, H=24, F=48 if "split" in form else 40, layout=layout, bias=True)
+                given = layers.inputs(spec, 17, "one" if layout == "stacked" else "random")
+                agree.forward(spec, given)
+
+
+def shared_sums() -> None:
+    """Sums of the decode path in more parts than slots, and who ends a sum."""
+    with pytest.MonkeyPatch.context() as patch:
+        test_forms.use({"split": 2}, patch)
+        spec = layer(E=16, K=3, F=18, O=33)
+        agree.forward(spec, layers.inputs(spec, 2))
+        test_forms.test_only_the_last_to_draw_ends_a_sum_and_puts_its_ticket_back(patch)
+
+
 CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
     "router": (routers,),
     "router_score": (routers,),
@@ -115,9 +135,12 @@ CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
     "grad_router": (router_gradients,),
     "permute": (permutations,),
     "schedule": (permutations,),
+    "programs": (forms,),
+    "up": (many, on_input, forms),
+    "down": (shared_sums, many, on_input, forms),
     "clean": (permutations, wrapped),
     "decode_up": (token,),
-    "decode_down": (token,),
+    "decode_down": (token, shared_sums),
     "expert": (token,),
     "grad_matrix": (many, on_input, main_gradients),
     "grad_vector": (many, on_input, main_gradients),
