@@ -67,11 +67,16 @@ class Kernel:
     module: ModuleType
     processors: int = 1
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told besides the source."""
+        options = {"num_warps": self.config.warps, "num_stages": self.config.stages}
+        return {**options, "launch_pdl": True} if self.config.pdl else options
+
     def run(self, function: str, grid: tuple[int, ...], *args: Any) -> None:
         """Launch `function` on the current device; an empty grid launches nothing."""
-        options = {"launch_pdl": True} if self.config.pdl else {}
         if all(grid):
-            getattr(self.module, function)[grid](*args, num_warps=self.config.warps, num_stages=self.config.stages, **options)
+            getattr(self.module, function)[grid](*args, **self.options)
 
     def programs(self, tiles: int) -> int:
         """How many programs work on `tiles` output tiles: one each, or as many as the device holds."""

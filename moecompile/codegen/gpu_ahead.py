@@ -20,8 +20,7 @@ META = torch.device("meta")
 
 
 def _warm(kernel: Kernel, function: str, grid: tuple[int, ...], *args: Any) -> None:
-    options = {"num_warps": kernel.config.warps, "num_stages": kernel.config.stages}
-    getattr(kernel.module, function).warmup(*args, grid=grid, **options)
+    getattr(kernel.module, function).warmup(*args, grid=grid, **kernel.options)
 
 
 @contextlib.contextmanager

@@ -84,10 +84,8 @@ def compile_for(
     types = signature(jit, spec, layouts, kernel.config)
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")}
     source = ASTSource(fn=jit, signature=types, constexprs={}, attrs=aligned)
-    options = {"num_warps": kernel.config.warps, "num_stages": kernel.config.stages}
-    options |= {"launch_pdl": True} if kernel.config.pdl else {}
     try:
-        built = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp), options=options)
+        built = triton.compile(source, target=GPUTarget(target.backend, target.arch, target.warp), options=kernel.options)
     except Exception as error:  # the compiler raises anything, RuntimeError from MLIR among it
         raise BuildError(f"{function} does not compile for {target.arch}: {type(error).__name__}: {error}") from error
     text = built.asm["ptx"] if target.backend == "cuda" else built.asm["amdgcn"]

@@ -119,6 +119,7 @@ def test_every_form_compiles(form: str, target_name: str, record: dict[str, list
     assert built.assembly.count("griddepcontrol.launch_dependents") == int(form == "decode_up signals")
     if config.split > 1:
         _stores_come_before_the_ticket(built.assembly)
+    SPILLS[f"qwen3, {form}, {target_name}"] = built.spills
     record[f"qwen3, {form}, {target_name}"] = [
         built.registers, built.shared, built.programs, " ".join(sorted(built.instructions))
     ]  # fmt: skip
