@@ -66,7 +66,7 @@ def target_of(machine: Machine) -> Target:
     """The machine as the code generator knows it."""
     nvidia = machine.arch.startswith("sm_")
     arch = int(machine.arch.removeprefix("sm_")) if nvidia else machine.arch
-    return Target("cuda" if nvidia else "hip", arch, machine.block_shared, machine.sms)
+    return Target("cuda" if nvidia else "hip", arch, machine.block_shared, machine.sms, machine.name)
 
 
 def _neighbours(kernel: str, first: Config) -> Iterator[Config]:

@@ -1,8 +1,9 @@
-"""What the store writes: three kinds of JSON entries, and the strict reading of them.
+"""What the store and packs hold: four kinds of JSON entries, and the strict reading of them.
 
     Measurement    one configuration was timed here, or refused
     Choice         the configuration to run, timed against the default at the end of a tuning
     Proposal       a choice from elsewhere (a pack): tried first when tuning, never run unmeasured
+    Compiled       in packs alone: a configuration chosen by compiling, of which no time is known
 
 Text is parsed field by field: each integer in its allowed set, each string in a list or of a narrow form, no field missing and
 none extra, but for the younger axes of a configuration, which are written where they are not at their default.  Nothing of it
@@ -17,6 +18,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from moecompile.analysis.machine import MACHINES
 from moecompile.autotune import bucket, family
 from moecompile.autotune.key import DTYPES, TIMERS, Environment, Key, Problem, digest
 from moecompile.kernels.gpu.config import YOUNGER, Config
@@ -58,11 +60,27 @@ class Proposal:
     config: Config
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """The best configuration by the floor model, with `device`'s ceilings, of those that the compiler made for `arch` without
+    spills and within its shared memory: `registers` a thread, `shared` bytes a block.  Nothing was run and no time is claimed."""
+
+    problem: Problem
+    arch: str
+    device: str
+    triton: str
+    config: Config
+    registers: int
+    shared: int
+
+
 Entry = Measurement | Choice | Proposal
-KINDS: dict[str, type[Measurement] | type[Choice] | type[Proposal]] = {
+InPacks = Choice | Compiled
+KINDS: dict[str, type[Measurement] | type[Choice] | type[Proposal] | type[Compiled]] = {
     "measured": Measurement,
     "choice": Choice,
     "proposed": Proposal,
+    "compiled": Compiled,
 }
 
 
@@ -85,7 +103,7 @@ def proposal_name(problem: Problem) -> str:
     return f"proposed-{digest(problem)}.json"
 
 
-def to_plain(entry: Entry) -> dict[str, Any]:
+def to_plain(entry: Entry | Compiled) -> dict[str, Any]:
     kind = next(k for k, t in KINDS.items() if isinstance(entry, t))
     return {"schema": SCHEMA, "kind": kind, **dataclasses.asdict(entry), "config": entry.config.plain()}
 
@@ -100,10 +118,13 @@ def from_text(text: str | bytes) -> Entry:
         plain = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: of json, and of undecodable bytes
         raise ValueError(f"is not JSON: {error}") from None
-    return from_plain(plain)
+    found = from_plain(plain)
+    if isinstance(found, Compiled):
+        raise ValueError("was not measured: it belongs in a pack")
+    return found
 
 
-def from_plain(plain: object) -> Entry:
+def from_plain(plain: object) -> Entry | Compiled:
     """An entry from what JSON gives."""
     if not isinstance(plain, dict):
         raise ValueError(f"is a {type(plain).__name__}, needs an object")
@@ -113,6 +134,8 @@ def from_plain(plain: object) -> Entry:
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, needs one of {', '.join(KINDS)}")
     fields = _fields(KINDS[kind], {k: v for k, v in plain.items() if k not in ("schema", "kind")}, "entry")
+    if kind == "compiled":
+        return _compiled(fields)
     key = _fields(Key, fields["key"], "key")
     problem, environment = _problem(key["problem"]), _environment(key["environment"])
     config = _config(problem.kernel, fields["config"])
@@ -125,6 +148,19 @@ def from_plain(plain: object) -> Entry:
     if refused and fields["seconds"] != 0:
         raise ValueError("seconds is not 0 though the configuration was refused")
     return Measurement(found, config, 0.0 if refused else _seconds(fields, "seconds"), refused)
+
+
+def _compiled(fields: dict[str, Any]) -> Compiled:
+    problem, arch = _problem(fields["problem"]), _matching(fields, "arch", _ARCH)
+    return Compiled(
+        problem,
+        arch,
+        _one_of(fields, "device", tuple(m.name for m in MACHINES.values() if m.arch == arch)),
+        _matching(fields, "triton", _VERSION),
+        _config(problem.kernel, fields["config"]),
+        _int(fields, "registers"),
+        _int(fields, "shared", 0),
+    )
 
 
 def _fields(cls: type, plain: object, where: str) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Store:
         found = self.choice(key)
         if found is not None:
             gain = found.default_seconds / found.seconds
-            return f"hit: {_numbers(found.config)}, {found.seconds * 1e6:.1f} us, {gain:.2f}x the default; {self.path}"
+            return f"hit: {numbers(found.config)}, {found.seconds * 1e6:.1f} us, {gain:.2f}x the default; {self.path}"
         timed = self.measurements(key)
         if timed:
             return f"miss: tuning was interrupted after {len(timed)} measurements; tune again, it goes on from there"
@@ -143,5 +143,6 @@ def _differences(wanted: Key, other: Key) -> list[str]:
     return found
 
 
-def _numbers(config: Config) -> str:
+def numbers(config: Config) -> str:
+    """A configuration as people read it."""
     return json.dumps(config.plain()).strip("{}").replace('"', "")

@@ -28,12 +28,14 @@ DECODE_TOKENS = 16  # above this the experts' weights are worth sharing between 
 @dataclass(frozen=True)
 class Target:
     """A kind of device. `backend`: "cuda", "hip", or "cpu" (the interpreter); `arch`: 80, 90, 100, "gfx942";
-    `shared_memory` bytes a program may use; `processors`: SMs or CUs."""
+    `shared_memory` bytes a program may use; `processors`: SMs or CUs; `name`: of the device at
+    hand."""
 
     backend: str
     arch: int | str
     shared_memory: int
     processors: int
+    name: str = ""
 
     @property
     def warp(self) -> int:
@@ -58,9 +60,9 @@ def target_of(device: torch.device) -> Target:
         return INTERPRETER
     found = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return Target("hip", found.gcnArchName.split(":")[0], 65_536, found.multi_processor_count)
+        return Target("hip", found.gcnArchName.split(":")[0], 65_536, found.multi_processor_count, found.name)
     shared = getattr(found, "shared_memory_per_block_optin", 101_376)  # 101,376: the least of any sm_80 or later
-    return Target("cuda", found.major * 10 + found.minor, shared, found.multi_processor_count)
+    return Target("cuda", found.major * 10 + found.minor, shared, found.multi_processor_count, found.name)
 
 
 ConfigSource = Callable[[str, ExpertsSpec | RouterSpec, int, Target], Config | None]

@@ -1,4 +1,4 @@
-"""The `moecompile` command: explain, tune, bench, config, demo.  Each is a module with add_arguments() and main()."""
+"""The `moecompile` command: explain, tune, ship, bench, config, demo.  Each is a module with add_arguments() and main()."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "explain": ("explain_cmd", "what the backend makes of a model: which layers are fused, by which kernel, and why not"),
     "tune": ("tune", "measure kernels on this machine and keep the best"),
+    "ship": ("ship", "choose kernels' numbers by compiling for GPUs that are not here, into packs that ship"),
     "bench": ("bench_cmd", "one MoE layer under eager, Inductor and moe, taking turns"),
     "config": ("config_cmd", "every option: its value and where that comes from"),
     "demo": ("demo", "train and run small models with eager, Inductor and moe, side by side"),

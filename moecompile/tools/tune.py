@@ -14,9 +14,10 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from moecompile.analysis.machine import MACHINES, Machine
-from moecompile.autotune import bucket, pack, tuner
+from moecompile.autotune import bucket, pack, source, tuner
 from moecompile.autotune.candidates import MOST, target_of
 from moecompile.autotune.device import Device, machine_here
+from moecompile.autotune.entry import Choice
 from moecompile.autotune.family import BACKWARD, DECODE, FORWARD, LEADER
 from moecompile.autotune.key import Key, Problem, environment_of, spec_of
 from moecompile.autotune.measure import DeviceLost, Simulated, Timer
@@ -80,9 +81,9 @@ def _main(arguments: argparse.Namespace) -> int:
         return 0
     problems = _problems(arguments) if arguments.layer else []
     if arguments.imported:
-        choices = pack.read(arguments.imported)
-        print(f"{pack.propose(choices, store)} configurations taken up; each runs once it was measured on this machine")
-        problems = problems or _in_order({c.key.problem for c in choices})
+        proposed = [c for c in pack.read(arguments.imported) if isinstance(c, Choice)]
+        print(f"{pack.propose(proposed, store)} configurations taken up; each runs once it was measured on this machine")
+        problems = problems or _in_order({c.key.problem for c in proposed})
     if not problems:
         raise ValueError("needs a model or a shape, such as H2048,F768,E128,K8,bf16")
     missing = _cannot_measure() if arguments.simulate is None else None
@@ -95,7 +96,8 @@ def _main(arguments: argparse.Namespace) -> int:
     machine, timer = _timer(arguments.simulate)
     if arguments.why:
         for problem in problems:
-            print(f"{tuner.label(problem)}: {store.why(Key(problem, environment_of(target_of(machine), timer.kind)))}")
+            target = target_of(machine)
+            print(f"{tuner.label(problem)}: {source.why(store, Key(problem, environment_of(target, timer.kind)), target)}")
         return 0
     wrong = store.refusal()
     if wrong:
@@ -141,16 +143,21 @@ def _timer(simulated: str | None) -> tuple[Machine, Timer]:
 
 def _problems(arguments: argparse.Namespace) -> list[Problem]:
     """What runs for the layer: by bucket of rows per expert, in the order in which to tune."""
-    dtype, sizes = _layer(arguments.layer)
+    return problems_of(arguments.layer, arguments.tokens, arguments.train)
+
+
+def problems_of(layer: str, tokens: Sequence[int] | None, train: bool) -> list[Problem]:
+    """Every kernel of a layer (a model's name, or its sizes) for every bucket, or those of the token counts."""
+    dtype, sizes = _layer(layer)
     E, K = sizes["num_experts"], sizes["top_k"]
-    wanted = bucket.BUCKETS if not arguments.tokens else sorted({bucket.bucket_of(t, K, E) for t in arguments.tokens})
+    wanted = bucket.BUCKETS if not tokens else sorted({bucket.bucket_of(t, K, E) for t in tokens})
     found = []
     for index in wanted:
         one = Problem("up", dtype, bucket=index, **sizes)
         spec = spec_of(one)
         decodes = not isinstance(spec, RouterSpec) and gpu_choose.decodes(spec, bucket.representative(index, K, E))
         kernels = (*DECODE, "router") if decodes else FORWARD
-        if arguments.train:
+        if train:
             kernels = (*kernels, *(k for k in (*FORWARD, *BACKWARD) if k not in kernels))
         for kernel in kernels:
             router = {"hidden": 1, "intermediate": 1, "out_features": 1, "projections": 1} if kernel == "router" else {}

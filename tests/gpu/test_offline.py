@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import random
 import re
 
 import pytest
 import torch
 
 from moecompile.analysis.machine import MACHINES
-from moecompile.autotune import candidates, family, key
+from moecompile.autotune import candidates, family, key, offline, pack, source
+from moecompile.autotune.entry import Compiled
 from moecompile.codegen import gpu_choose, gpu_load, gpu_offline, gpu_text, gpu_weights
 from moecompile.codegen.gpu_choose import TARGETS
 from moecompile.ir.spec import WeightOn
@@ -161,6 +163,16 @@ def test_the_router_compiles(spec: gpu_offline.Any, target_name: str) -> None:
             built = gpu_offline.compile_for(kernel, function, target)
             assert built.spills == 0, f"{form} {target_name} T={tokens}: {built.spills} bytes spilt"
             print(f"{form} {target_name} T={tokens}: {built.registers} registers, {built.shared} shared")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", TARGETS)
+def test_what_ships_still_compiles(arch: str) -> None:
+    """A few entries of each shipped pack, by the kernels as they are now; `moecompile ship` makes the packs anew."""
+    entries = [e for e in pack.read(source.SHIPPED / f"{arch}.json") if isinstance(e, Compiled)]
+    for entry in random.Random(arch).sample(entries, 4):
+        target = candidates.target_of(MACHINES[entry.device])
+        assert offline.compiled(entry.problem, entry.config, target) is not None, f"{entry.problem} {entry.config}"
 
 
 @pytest.mark.parametrize("op", sorted(layers.expr.OPS))

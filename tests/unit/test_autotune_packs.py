@@ -9,8 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from moecompile.autotune import pack, source
-from moecompile.autotune.entry import Choice, Measurement
+from moecompile.analysis.machine import MACHINES
+from moecompile.autotune import entry, pack, source
+from moecompile.autotune.candidates import closed_form, target_of
+from moecompile.autotune.entry import Choice, Compiled, Measurement
 from moecompile.autotune.key import Environment, Key, Problem, environment_of, spec_of
 from moecompile.autotune.store import Store
 from moecompile.codegen import gpu_choose
@@ -29,9 +31,13 @@ def choice(problem: Problem, config: Config, environment: Environment = HERE) ->
 
 
 @pytest.fixture
-def store(tmp_path: pathlib.Path) -> Iterator[Store]:
+def store(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """A store of one's own; nothing ships, but where the test says so."""
+    monkeypatch.setattr(source, "SHIPPED", tmp_path / "none")
+    source._shipped.cache_clear()
     yield Store(tmp_path / "tuned")
     set_config_source(None)
+    source._shipped.cache_clear()
 
 
 def asked(problem: Problem, target: gpu_choose.Target = TARGET) -> Config:
@@ -118,7 +124,7 @@ def test_garbage_is_no_pack(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.fixture
-def shipped(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
+def shipped(store: Store, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
     monkeypatch.setattr(source, "SHIPPED", tmp_path)
     source._shipped.cache_clear()
     yield tmp_path / "shipped_sm_90.json"
@@ -149,6 +155,94 @@ def test_invented_times_do_not_serve_though_they_ship(store: Store, shipped: pat
     assert asked(UP) == usual
 
 
-def test_all_that_ships_can_be_read() -> None:
+def compiled(problem: Problem, config: Config, device: str = "H100") -> Compiled:
+    return Compiled(problem, "sm_90", device, "3.7.1", config, 128, 65536)
+
+
+def test_what_was_compiled_serves_its_architecture_and_first_its_device(store: Store, shipped: pathlib.Path) -> None:
+    usual = asked(UP)
+    other = dataclasses.replace(SAME_HEIGHT, stages=4)
+    pack.write(shipped, [compiled(UP, SAME_HEIGHT), compiled(UP, other, "H200")])
+    assert pack.read(shipped) == [compiled(UP, SAME_HEIGHT), compiled(UP, other, "H200")]
+    source.install(store)
+    assert asked(UP) == SAME_HEIGHT, "of no known name: the first of its architecture"
+    named = {
+        name: dataclasses.replace(TARGET, name=name) for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB")
+    }
+    assert [asked(UP, t) for t in named.values()] == [other, SAME_HEIGHT, SAME_HEIGHT]
+    assert asked(UP, gpu_choose.TARGETS["sm_80"]) == gpu_choose.closed_form("up", spec_of(UP), 512, gpu_choose.TARGETS["sm_80"])
+    assert usual not in (other, SAME_HEIGHT)
+
+
+def test_a_measured_one_goes_before_what_was_compiled(store: Store, shipped: pathlib.Path) -> None:
+    measured = dataclasses.replace(SAME_HEIGHT, stages=5)
+    pack.write(shipped, [compiled(UP, SAME_HEIGHT)])
+    pack.write(shipped.with_name("zz_exported.json"), [choice(UP, measured)])
+    source.install(store)
+    assert asked(UP) == measured
+
+
+def test_a_broken_shipped_pack_is_one_warning_and_a_miss(store: Store, shipped: pathlib.Path) -> None:
+    usual = asked(UP)
+    shipped.write_text("{")
+    pack.write(shipped.with_name("shipped_sm_90_more.json"), [compiled(DOWN, Config(64, 32, 64, 4, 3))])
+    source.install(store)
+    with pytest.warns(UserWarning, match="shipped tuning pack is left aside: .*not JSON") as seen:
+        assert asked(UP) == usual
+        assert asked(DOWN) == Config(64, 32, 64, 4, 3), "the other pack serves"
+        asked(dataclasses.replace(UP, bucket=4))
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "about"),
+    [
+        ({"seconds": 1e-6}, "field 'seconds' is unknown"),
+        ({"device": "H900"}, "device is 'H900'"),
+        ({"device": "A100"}, "device is 'A100'"),
+        ({"arch": "../sm_90"}, "arch is"),
+        ({"registers": 0}, "registers is"),
+        ({"triton": "import os"}, "triton is"),
+        ({"config": {**vars(SAME_HEIGHT), "block_m": 3}}, "config of up: block_m"),
+    ],
+)
+def test_what_was_compiled_is_checked_field_by_field(tmp_path: pathlib.Path, change: dict[str, object], about: str) -> None:
+    plain = {**entry.to_plain(compiled(UP, SAME_HEIGHT)), **change}
+    path = tmp_path / "pack.json"
+    path.write_text(json.dumps({"schema": entry.SCHEMA, "kind": "pack", "choices": [plain]}))
+    with pytest.raises(ValueError, match=f"entry 1: .*{about}"):
+        pack.read(path)
+
+
+def test_what_was_compiled_claims_no_time_and_is_no_proposal(store: Store) -> None:
+    assert pack.propose([compiled(UP, SAME_HEIGHT)], store) == 0
+    with pytest.raises(ValueError, match="was not measured: it belongs in a pack"):
+        entry.from_text(json.dumps(entry.to_plain(compiled(UP, SAME_HEIGHT))))
+
+
+def test_why_names_every_level(store: Store, shipped: pathlib.Path) -> None:
+    key = Key(UP, HERE)
+    assert "imported: none; shipped: nothing for sm_90; runs: the closed form, block_m: 64" in source.why(store, key, TARGET)
     source._shipped.cache_clear()
-    assert isinstance(source._shipped(), dict)
+    pack.write(shipped, [compiled(DOWN, SAME_HEIGHT)])
+    assert "shipped: nothing for this shape on sm_90; runs: the closed form" in source.why(store, key, TARGET)
+    source._shipped.cache_clear()
+    pack.write(shipped, [compiled(UP, SAME_HEIGHT)])
+    pack.propose([choice(UP, OTHER_HEIGHT, dataclasses.replace(HERE, sms=114))], store)
+    found = source.why(store, key, TARGET)
+    assert found.startswith("miss: nothing was tuned yet") and "which waits to be measured here" in found
+    assert "block_m: 64, block_n: 32" in found and "compiled for H100, not measured; runs: the shipped one" in found
+    store.put(choice(UP, SAME_HEIGHT))
+    assert source.why(store, key, TARGET).startswith("hit: ")
+
+
+def test_what_ships_was_compiled_for_every_known_gpu() -> None:
+    """Each entry fits by the same rules as a candidate; nothing of it was measured until a GPU has made a pack."""
+    source._shipped.cache_clear()
+    assert set(source._shipped()) == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    for path in source.SHIPPED.glob("*.json"):
+        for found in pack.read(path):
+            if isinstance(found, Compiled):
+                target = target_of(MACHINES[found.device])
+                assert found.shared <= target.shared_memory and found.arch == MACHINES[found.device].arch
+                assert found.config.block_m == closed_form(found.problem, target).block_m, "kernels share their row tiles"
