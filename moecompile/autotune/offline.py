@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import triton
-
 from moecompile.analysis.machine import Machine
 from moecompile.autotune.candidates import candidates, closed_form, estimate, target_of
 from moecompile.autotune.entry import Compiled
-from moecompile.autotune.key import Problem, spec_of
+from moecompile.autotune.key import Problem, spec_of, versions
 from moecompile.codegen import gpu_offline, gpu_text, gpu_weights
 from moecompile.codegen.gpu_choose import Target
 from moecompile.codegen.gpu_load import load
@@ -42,7 +40,7 @@ def chosen(problem: Problem, machine: Machine) -> Compiled | None:
         built = compiled(problem, config, target_of(machine))
         if built is not None:
             registers, shared = built
-            return Compiled(problem, machine.arch, machine.name, triton.__version__, config, registers, shared)
+            return Compiled(problem, machine.arch, machine.name, versions()["triton"], config, registers, shared)
     return None
 
 
