@@ -17,7 +17,7 @@ from moecompile.codegen.gpu_choose import Target
 from moecompile.codegen.gpu_load import load
 from moecompile.errors import BuildError
 from moecompile.ir.spec import ExpertsSpec
-from moecompile.kernels.gpu.config import Config
+from moecompile.kernels.gpu.config import YOUNGER, Config
 
 WORTH = 1.1  # the estimate orders candidates, it knows no more: a smaller gain is none
 
@@ -45,9 +45,10 @@ def chosen(problem: Problem, machine: Machine) -> Compiled | None:
 
 
 def ranked(problem: Problem, machine: Machine) -> list[Config]:
-    """The candidates with row tiles as high as the closed form's, which kernels share: those that the estimate finds better by
-    WORTH and more, in their order, then the closed form, then the rest."""
+    """The candidates with the closed form's height of row tiles, which kernels share, and of its form (a form is for measuring
+    to choose): those that the estimate finds better by WORTH and more, in their order, then the closed form, then the rest."""
     first, *others = candidates(problem, machine, closed_form(problem, target_of(machine)).block_m)
+    others = [c for c in others if all(getattr(c, axis) == getattr(first, axis) for axis in YOUNGER)]
     usual = estimate(problem, first, machine)
     better = [c for c in others if estimate(problem, c, machine) * WORTH < usual]
     return [*better, first, *(c for c in others if c not in better)]
