@@ -10,7 +10,7 @@ import torch
 
 from moecompile.analysis.machine import MACHINES, Machine
 from moecompile.autotune import bucket, entry, family
-from moecompile.autotune.candidates import MOST, candidates, closed_form, estimate, floor_seconds, refusal, target_of
+from moecompile.autotune.candidates import MOST, _form_pays, candidates, closed_form, estimate, floor_seconds, refusal, target_of
 from moecompile.autotune.key import Problem, problem_of, spec_of
 from moecompile.codegen import gpu_choose
 from moecompile.ir.spec import ExpertsSpec
@@ -105,15 +105,20 @@ def test_a_form_is_made_of_the_axes(kernel: str) -> None:
         assert tried == set(family.AXES[kernel][name]), name
 
 
-def test_a_form_is_tried_where_it_can_pay() -> None:
-    for shape, index, kernel in itertools.product(SHAPES, range(7), ("up", "down")):
-        one = problem(kernel, index, shape)
-        tokens = bucket.representative(index, one.top_k, one.num_experts)
-        for config in candidates(one, H200):
-            columns = -(-family.gemm_of(one).n // config.block_n)
-            assert not config.swap or (config.block_m <= 32 and config.block_n >= 64)
-            assert not config.persistent or tokens * one.top_k * columns > config.persistent * H200.sms
-            assert config.split == 1 or (-(-tokens * one.top_k // config.block_m)) * columns < 2 * H200.sms
+PAYS = [  # kernel, bucket, shape, form, does it pay on a H200
+    ("down", 0, "mixtral", {"persistent": 1}, False), ("down", 6, "mixtral", {"persistent": 1}, True),
+    ("up", 6, "qwen3", {"persistent": 2}, False),  # of 147,456 bytes of operands one program fits
+    ("down", 0, "mixtral", {"split": 4}, True), ("down", 3, "qwen3", {"split": 4}, False),
+    ("down", 1, "mixtral", {"swap": 1}, True), ("down", 5, "mixtral", {"swap": 1}, False),
+    ("decode_down", 0, "mixtral", {"split": 2}, False), ("decode_down", 0, "mixtral", {"split": 2, "block_n": 64}, True),
+    ("decode_down", 0, "mixtral", {"split": 4, "block_n": 64}, False), ("decode_down", 0, "mixtral", {"pdl": 1}, True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kernel", "index", "shape", "form", "pays"), PAYS, ids=str)
+def test_a_form_is_tried_where_it_can_pay(kernel: str, index: int, shape: str, form: dict[str, int], pays: bool) -> None:
+    one = problem(kernel, index, shape)
+    assert _form_pays(one, dataclasses.replace(closed_form(one, target_of(H200)), **form), H200) is pays
 
 
 @pytest.mark.parametrize(
