@@ -1,18 +1,23 @@
 """Gradient of the logits, and of the bias where it reaches the weights, from the gradient of the K weights of each token.
 
 The scores and the weights are computed again from the logits, for the ids that were chosen; the K gradients go back through
-the steps that made the weights, to their experts' lanes, and through the scores.  The choice itself has no gradient.
+the steps that made the weights, to their experts' lanes, and through the scores.  The choice itself has no gradient.  The
+gradients of what balancing losses read (softmax summed over tokens, squared logsumexp) are added to them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from moecompile.kernels.gpu.config import Kernel
+from moecompile.kernels.gpu.router import programs
 
 SOURCE = '''\
 @triton.jit(do_not_specialize=["T"])
-def grad_router(GRAD, LOGITS, {% if bias %}BIAS, {% endif %}IDS, DLOGITS, {% if bias %}PARTS, {% endif %}T):
+def grad_router(GRAD, LOGITS, {% if bias %}BIAS, {% endif %}IDS, \
+{% if stats %}DPROBS, DSQUARES, {% endif %}DLOGITS, {% if bias %}PARTS, {% endif %}T):
     """DLOGITS [T,E] of GRAD and IDS [T,K]{% if bias %}; PARTS[program] = the sum of what reaches each expert's choice{% endif %}. \
 Grid: (T / BM,)."""
     token = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -24,7 +29,7 @@ Grid: (T / BM,)."""
     inside = live{% if E != LANES %} & (expert < E)[None, :]{% endif %}
 
     at = token64[:, None] * E + expert[None, :]
-    logits = tl.load(LOGITS + at, mask=inside, other={{ "0.0" if source == "logits" else '-float("inf")' }}).to(tl.float32)
+    logits = tl.load(LOGITS + at, mask=inside, other=-float("inf")).to(tl.float32)
 {% if source != "logits" %}
     z = {{ rounded("logits", score_dtype) }}
 {% include "router_score" %}
@@ -73,18 +78,27 @@ E != LANES and "expert < E") }}
     slope = tl.where(z > 20.0, 1.0, 1.0 / (1.0 + tl.exp(-z)))
     d = tl.where(d == 0.0, 0.0, d * slope / (2.0 * score))  # eager has 0 / 0 where an unchosen score underflows
 {% endif %}
+{% if stats %}
+{% include "router_softmax" %}
+    dshare = tl.load(DPROBS + expert{% if E != LANES %}, mask=expert < E, other=0.0{% endif %})[None, :]
+    dlse = 2.0 * lse * tl.load(DSQUARES)
+    d += share * (dshare - tl.sum(dshare * share, 1)[:, None] + dlse)
+{% endif %}
     tl.store(DLOGITS + at, d.to(DLOGITS.dtype.element_ty), mask=inside)
 '''
 
 
 def launch(
-    kernel: Kernel, grad: Tensor, logits: Tensor, bias: Tensor | None, ids: Tensor, dlogits: Tensor, parts: Tensor | None
+    kernel: Kernel,
+    grad: Tensor,
+    logits: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    dstats: Sequence[Tensor],
+    dlogits: Tensor,
+    parts: Tensor | None,
 ) -> None:
-    """grad, ids [T,K], logits [T,E] -> dlogits [T,E]; with a bias [E] that reaches the weights also parts [programs(T),E]."""
-    given = [grad, logits, *([] if bias is None else [bias]), ids, dlogits, *([] if parts is None else [parts])]
+    """grad, ids [T,K], logits [T,E] -> dlogits [T,E]; with a bias [E] that reaches the weights also parts [programs,E].
+    `dstats`, for a kernel with statistics: the gradients of the summed softmax [E] and of the sum of squares []."""
+    given = [grad, logits, *([] if bias is None else [bias]), ids, *dstats, dlogits, *([] if parts is None else [parts])]
     kernel.run("grad_router", (programs(kernel, logits.shape[0]),), *given, logits.shape[0])
-
-
-def programs(kernel: Kernel, tokens: int) -> int:
-    """Blocks of tokens, each with a row of partial sums."""
-    return -(-tokens // kernel.config.block_m)

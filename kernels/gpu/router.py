@@ -2,10 +2,13 @@
 
 The top-k is taken of packed keys: an order-preserving integer of the float in the high word, the lane counted from the end
 in the low word.  So every key differs, ties go to the lower expert, NaN counts as the largest, and ids are unique and in
-range whatever the bits of the logits.
+range whatever the bits of the logits.  What balancing losses need is summed by block of tokens on the way; the sums of the
+blocks are added in order afterwards.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -53,6 +56,14 @@ POST = """\
 {% endfor %}
 """
 
+SOFTMAX = """\
+    top = tl.max(logits, 1)[:, None]
+    share = tl.exp(logits - top)
+    total = tl.sum(share, 1)[:, None]
+    share = share / total
+    lse = top + tl.log(total)
+"""
+
 SOURCE = '''\
 @triton.jit
 def packed(value, lane, lanes: tl.constexpr):
@@ -75,8 +86,10 @@ def unpacked(key):
 
 
 @triton.jit(do_not_specialize=["T"])
-def router(LOGITS, {% if bias %}BIAS, {% endif %}WEIGHTS, IDS, T):
-    """WEIGHTS and IDS [T,K] of LOGITS [T,E]. Grid: (T / BM,)."""
+def router(LOGITS, {% if bias %}BIAS, {% endif %}WEIGHTS, IDS, {% if stats %}COUNTS, PROBS, SQUARES, {% endif %}T):
+    """WEIGHTS and IDS [T,K] of LOGITS [T,E]\
+{% if stats %}; by program the choices and the summed softmax of each expert, and the sum of squared logsumexp{% endif %}. \
+Grid: (T / BM,)."""
     token = tl.program_id(0) * BM + tl.arange(0, BM)
     lane = tl.arange(0, LANES)
 {% if groups %}
@@ -132,10 +145,24 @@ def router(LOGITS, {% if bias %}BIAS, {% endif %}WEIGHTS, IDS, T):
     mask = (token < T)[:, None] & used
     tl.store(WEIGHTS + at, w{{ post | length }}.to(WEIGHTS.dtype.element_ty), mask=mask)
     tl.store(IDS + at, chosen.to(IDS.dtype.element_ty), mask=mask)
+{% if stats %}
+{% include "router_softmax" %}
+    live = (token < T)[:, None]
+    at = tl.program_id(0).to(tl.int64) * E + expert
+    tl.store(COUNTS + at, tl.sum(tl.where(live & (key == LEAST), 1, 0), 0), mask=real)
+    tl.store(PROBS + at, tl.sum(tl.where(live, share, 0.0), 0), mask=real)
+    tl.store(SQUARES + tl.program_id(0), tl.sum(tl.sum(tl.where(live, lse * lse, 0.0), 1), 0))
+{% endif %}
 '''
 
 
-def launch(kernel: Kernel, logits: Tensor, bias: Tensor | None, weights: Tensor, ids: Tensor) -> None:
-    """logits [T,E], bias [E] -> weights [T,K], ids [T,K]."""
-    grid = (-(-logits.shape[0] // kernel.config.block_m),)
-    kernel.run("router", grid, logits, *([] if bias is None else [bias]), weights, ids, logits.shape[0])
+def launch(kernel: Kernel, logits: Tensor, bias: Tensor | None, weights: Tensor, ids: Tensor, sums: Sequence[Tensor] = ()) -> None:
+    """logits [T,E], bias [E] -> weights [T,K], ids [T,K]; `sums`, for a kernel with statistics: counts and softmax
+    [programs,E], squares [programs]."""
+    grid = (programs(kernel, logits.shape[0]),)
+    kernel.run("router", grid, logits, *([] if bias is None else [bias]), weights, ids, *sums, logits.shape[0])
+
+
+def programs(kernel: Kernel, tokens: int) -> int:
+    """Blocks of tokens, each with a row of partial sums."""
+    return -(-tokens // kernel.config.block_m)

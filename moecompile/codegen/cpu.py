@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moecompile.codegen import build_cpp, cpu_router, cpu_source
 from moecompile.codegen.cpu_router import prepare_router, supports_router
-from moecompile.ir.ops import Reference
+from moecompile.ir.ops import PlainRouter
 from moecompile.ir.spec import ExpertsSpec, OutOfRange, Weight, WeightOn, experts_from_text
 from moecompile.runtime import layout
 
@@ -39,7 +39,7 @@ def prepare_experts(spec: ExpertsSpec, train: bool) -> None:
     _kernel(spec.text(), build_cpp.NATIVE)
 
 
-class CpuImplementation:
+class CpuImplementation(PlainRouter):
     """Satisfies ir.ops.Implementation.  `target`: the compiler's flags for the instruction set."""
 
     def __init__(self, target: tuple[str, ...] = build_cpp.NATIVE) -> None:
@@ -47,14 +47,6 @@ class CpuImplementation:
 
     def route(self, logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
         return cpu_router.route(logits, bias, spec)
-
-    def differentiates(self, spec: str) -> bool:
-        return False
-
-    def route_bwd(
-        self, grad: Tensor, logits: Tensor, bias: Tensor | None, ids: Tensor, spec: str, needs: Sequence[bool]
-    ) -> list[Tensor]:
-        return Reference().route_bwd(grad, logits, bias, ids, spec, needs)
 
     def experts(
         self, x: Tensor, weights: Tensor | None, ids: Tensor, params: Sequence[Tensor], sizes: Sequence[int], spec: str, region: str

@@ -4,7 +4,7 @@
                    else         permute, up, down, combine
     experts_train               permute, up (keeps the pre-activations), down, combine
     experts_bwd                 permute (again, from the ids), grad_z, grad_rows, combine, grad_matrix, grad_vector, grad_weights
-    route                       router
+    route, route_stats          router
     route_bwd                   grad_router
 
 Nothing here waits for the device, and every grid follows from shapes, so all of it can be captured in a CUDA graph, after one
@@ -139,11 +139,23 @@ class GpuImplementation:
         """Whether route_bwd is a kernel for this router."""
         return gpu_router.differentiates(router_from_text(spec)) is None
 
+    def route_stats(self, logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As route(), and counts [E] int64, the summed softmax [E] and the sum of squared logsumexp [], both float32."""
+        return gpu_router.route_stats(logits, bias, spec)
+
     def route_bwd(
-        self, grad: Tensor, logits: Tensor, bias: Tensor | None, ids: Tensor, spec: str, needs: Sequence[bool]
+        self,
+        grad: Tensor,
+        logits: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        dprobs: Tensor | None,
+        dsquares: Tensor | None,
+        spec: str,
+        needs: Sequence[bool],
     ) -> list[Tensor]:
         """Gradients of logits and bias: contiguous, empty where not needed."""
-        return gpu_router.route_bwd(grad, logits, bias, ids, spec, needs)
+        return gpu_router.route_bwd(grad, logits, bias, ids, dprobs, dsquares, spec, needs)
 
     def experts(
         self, x: Tensor, weights: Tensor | None, ids: Tensor, params: Sequence[Tensor], sizes: Sequence[int], spec: str, region: str

@@ -59,4 +59,4 @@ def build(router: RouterSpec, experts: ExpertsSpec, tokens: int, train: bool) ->
         needs = [True, weights is not None, *(True for _ in params)]
         ops.experts_bwd(torch.empty_like(out), x, weights, ids, params, [], text, "", saved, needs)
         if weights is not None and ops.differentiates(route):
-            ops.route_bwd(weights, logits, bias, ids, route, [True, False])
+            ops.route_bwd(weights, logits, bias, ids, None, None, route, [True, False])

@@ -40,7 +40,22 @@ def differentiates(spec: RouterSpec) -> str | None:
 
 def route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
     """logits [..,E], bias [E] -> weights [..,K], ids [..,K] int64."""
+    return _route(logits, bias, router_from_text(spec), ())
+
+
+def route_stats(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As route(), and over all tokens: choices of each expert [E] int64, its softmax summed [E], squared logsumexp summed []."""
     s = router_from_text(spec)
+    flat = _rows(logits, s.num_experts)
+    programs = -(-flat.shape[0] // _config("router", s, flat).block_m)
+    counts = flat.new_empty((programs, s.num_experts), dtype=torch.int32)
+    probs = flat.new_empty((programs, s.num_experts), dtype=torch.float32)
+    squares = flat.new_empty((programs,), dtype=torch.float32)
+    weights, ids = _route(logits, bias, s, (counts, probs, squares))
+    return weights, ids, counts.sum(0), probs.sum(0), squares.sum()
+
+
+def _route(logits: Tensor, bias: Tensor | None, s: RouterSpec, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     shape, flat = (*logits.shape[:-1], s.top_k), _rows(logits, s.num_experts)
     source = s.score_dtype if s.weights_from != "logits" else logits.dtype
     if s.weights_from == "choice" and bias is not None:
@@ -48,28 +63,40 @@ def route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tenso
     weights = logits.new_empty(shape, dtype=s.weights_dtype(source))
     ids = logits.new_empty(shape, dtype=torch.int64)
     config = _config("router", s, flat)
-    text = router_text(s, config, logits.dtype, None if bias is None else bias.dtype)
+    text = router_text(s, config, logits.dtype, None if bias is None else bias.dtype, bool(sums))
     with on(logits.device):
-        router.launch(load("router", config, text), flat, None if bias is None else bias.contiguous(), weights, ids)
+        router.launch(load("router", config, text), flat, None if bias is None else bias.contiguous(), weights, ids, sums)
     return weights, ids
 
 
-def route_bwd(grad: Tensor, logits: Tensor, bias: Tensor | None, ids: Tensor, spec: str, needs: Sequence[bool]) -> list[Tensor]:
+def route_bwd(
+    grad: Tensor,
+    logits: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    dprobs: Tensor | None,
+    dsquares: Tensor | None,
+    spec: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
     """grad and ids [..,K], logits [..,E], bias [E] -> the gradients of logits and bias, empty where not needed.
 
-    A block of tokens sums what reaches each expert's bias; the sums of the blocks are added in order.
+    dprobs [E] and dsquares []: gradients of what route_stats sums, both or none.  A block of tokens sums what reaches each
+    expert's bias; the sums of the blocks are added in order.
     """
     s = router_from_text(spec)
     flat = _rows(logits, s.num_experts)
     read = bias.contiguous() if bias is not None and s.weights_from == "choice" else None
+    dstats = [] if dprobs is None or dsquares is None else [dprobs.contiguous(), dsquares]
     config = _config("grad_router", s, flat)
-    kernel = load("grad_router", config, grad_router_text(s, config, logits.dtype, None if read is None else read.dtype))
+    text = grad_router_text(s, config, logits.dtype, None if read is None else read.dtype, bool(dstats))
+    kernel = load("grad_router", config, text)
     dlogits = torch.empty_like(flat)
     parts = None
     if read is not None:
-        parts = flat.new_empty((grad_router.programs(kernel, flat.shape[0]), s.num_experts), dtype=torch.float32)
+        parts = flat.new_empty((router.programs(kernel, flat.shape[0]), s.num_experts), dtype=torch.float32)
     with on(logits.device):
-        grad_router.launch(kernel, _rows(grad, s.top_k), flat, read, _rows(ids, s.top_k), dlogits, parts)
+        grad_router.launch(kernel, _rows(grad, s.top_k), flat, read, _rows(ids, s.top_k), dstats, dlogits, parts)
     found = [dlogits.view(logits.shape) if needs[0] else logits.new_empty(0), logits.new_empty(0)]
     if needs[1] and bias is not None:
         found[1] = torch.zeros_like(bias) if parts is None else parts.sum(0).to(bias.dtype)

@@ -13,13 +13,14 @@ from moecompile.kernels.gpu.config import Config
 
 
 @lru_cache(1024)
-def router_text(spec: RouterSpec, config: Config, logits: torch.dtype, bias: torch.dtype | None) -> str:
-    """The router for logits and bias of these dtypes."""
+def router_text(spec: RouterSpec, config: Config, logits: torch.dtype, bias: torch.dtype | None, stats: bool = False) -> str:
+    """The router for logits and bias of these dtypes; `stats`: with the sums that balancing losses need."""
     groups = spec.groups
     count = 1 if groups is None else groups.count
     group_rows, group_lanes = next_power(count), next_power(spec.num_experts // count)
     context = {
         **_context(spec, logits, bias),
+        "stats": stats,
         "groups": groups,
         "group_rows": group_rows,
         "group_lanes": group_lanes,
@@ -30,9 +31,9 @@ def router_text(spec: RouterSpec, config: Config, logits: torch.dtype, bias: tor
 
 
 @lru_cache(1024)
-def grad_router_text(spec: RouterSpec, config: Config, logits: torch.dtype, bias: torch.dtype | None) -> str:
-    """Its backward; `bias` where the weights are read from the biased scores, else None."""
-    context = _context(spec, logits, bias)
+def grad_router_text(spec: RouterSpec, config: Config, logits: torch.dtype, bias: torch.dtype | None, stats: bool = False) -> str:
+    """Its backward; `bias` where the weights are read from the biased scores, else None; `stats`: that of the sums too."""
+    context = {**_context(spec, logits, bias), "stats": stats}
     if bias is None and spec.weights_from == "choice":
         context["source"] = "score"
     return module("grad_router", _title(spec), config, _constants(spec, config, next_power(spec.num_experts)), context)

@@ -53,6 +53,7 @@ TEMPLATES = {
     "grad_vector": grad_params.VECTOR,
     "router_score": router.SCORE,
     "router_post": router.POST,
+    "router_softmax": router.SOFTMAX,
     "router": router.SOURCE,
     "grad_router": grad_router.SOURCE,
 }

@@ -1,8 +1,10 @@
 """The moe.* ops.
 
-    moe::route, moe::experts        what a rewrite puts in the graph; CompositeImplicitAutograd, so AOTAutograd sees through
+    moe::route, moe::route_stats, moe::experts
+                                    what a rewrite puts in the graph; CompositeImplicitAutograd, so AOTAutograd sees through
       no grad   ->   moe::_route, moe::_experts                     all that an inference graph holds
       grad      ->   moe::_route, moe::_route_bwd                   where the device has a kernel for it, else
+                     (moe::_route_stats likewise, with or without grad)
                      moe::_route for the ids, aten for the weights  (Inductor fuses the latter, forward and backward)
                      moe::_experts_train, moe::_experts_bwd         by an autograd.Function
 
@@ -30,7 +32,10 @@ _EXPERTS = "Tensor x, Tensor? weights, Tensor ids, Tensor[] params, SymInt[] siz
 _SCHEMAS = {
     "route": "(Tensor logits, Tensor? bias, str spec) -> (Tensor, Tensor)",
     "_route": "(Tensor logits, Tensor? bias, str spec) -> (Tensor, Tensor)",
-    "_route_bwd": "(Tensor grad, Tensor logits, Tensor? bias, Tensor ids, str spec, bool[] needs) -> Tensor[]",
+    "route_stats": "(Tensor logits, Tensor? bias, str spec) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "_route_stats": "(Tensor logits, Tensor? bias, str spec) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "_route_bwd": "(Tensor grad, Tensor logits, Tensor? bias, Tensor ids, Tensor? dprobs, Tensor? dsquares, str spec, bool[] needs)"
+    " -> Tensor[]",
     "experts": f"({_EXPERTS}) -> Tensor",
     "_experts": f"({_EXPERTS}) -> Tensor",
     "_experts_train": f"({_EXPERTS}) -> (Tensor, Tensor)",
@@ -40,6 +45,9 @@ for _name, _schema in _SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
+Stats = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 class Implementation(Protocol):
     """What a device brings. Shapes as in the specs; `saved` [R, projections * F] holds the projections before the
     activation, in an order of the implementation's own."""
@@ -47,10 +55,20 @@ class Implementation(Protocol):
     def route(self, logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]: ...
 
     def differentiates(self, spec: str) -> bool:
-        """Whether route_bwd is a kernel that is worth more than aten code that Inductor fuses."""
+        """Whether route_stats and route_bwd are kernels worth more than aten code that Inductor fuses."""
+
+    def route_stats(self, logits: Tensor, bias: Tensor | None, spec: str) -> Stats: ...
 
     def route_bwd(
-        self, grad: Tensor, logits: Tensor, bias: Tensor | None, ids: Tensor, spec: str, needs: Sequence[bool]
+        self,
+        grad: Tensor,
+        logits: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        dprobs: Tensor | None,
+        dsquares: Tensor | None,
+        spec: str,
+        needs: Sequence[bool],
     ) -> list[Tensor]: ...
 
     def experts(
@@ -76,8 +94,8 @@ class Implementation(Protocol):
     ) -> list[Tensor]: ...
 
 
-class Reference:
-    """Plain PyTorch on any device and dtype. `saved` is not used: the backward runs the forward again under autograd."""
+class PlainRouter:
+    """What a device without kernels for a router's gradients and statistics does about them."""
 
     def route(self, logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
         return reference.route(router_from_text(spec), logits, bias)
@@ -85,13 +103,35 @@ class Reference:
     def differentiates(self, spec: str) -> bool:
         return False
 
-    def route_bwd(
-        self, grad: Tensor, logits: Tensor, bias: Tensor | None, ids: Tensor, spec: str, needs: Sequence[bool]
-    ) -> list[Tensor]:
-        def forward(logits: Tensor, bias: Tensor | None, _: Sequence[Tensor]) -> Tensor:
-            return reference.weights_of(router_from_text(spec), logits, bias, ids)
+    def route_stats(self, logits: Tensor, bias: Tensor | None, spec: str) -> Stats:
+        weights, ids = self.route(logits, bias, spec)
+        return weights, ids, *reference.statistics(logits, ids)
 
+    def route_bwd(
+        self,
+        grad: Tensor,
+        logits: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        dprobs: Tensor | None,
+        dsquares: Tensor | None,
+        spec: str,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        def forward(logits: Tensor, bias: Tensor | None, params: Sequence[Tensor]) -> Tensor:
+            weights = reference.weights_of(router_from_text(spec), logits, bias, ids)
+            if dprobs is None or dsquares is None:
+                return weights
+            _counts, probs, squares = reference.statistics(logits, ids)
+            return torch.cat([weights.flatten().to(probs.dtype), probs, squares[None]])
+
+        if dprobs is not None and dsquares is not None:
+            grad = torch.cat([grad.flatten().to(dprobs.dtype), dprobs, dsquares[None]])
         return gradients(forward, grad, logits, bias, [], needs)
+
+
+class Reference(PlainRouter):
+    """Plain PyTorch on any device and dtype. `saved` is not used: the backward runs the forward again under autograd."""
 
     def experts(self, x, weights, ids, params, sizes, spec, region):  # type: ignore[no-untyped-def]
         return reference.experts(experts_from_text(spec), x, weights, ids, params)
@@ -164,6 +204,10 @@ def _route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tens
     return bound(logits.device).route(logits, bias, spec)
 
 
+def _route_stats(logits: Tensor, bias: Tensor | None, spec: str) -> Stats:
+    return bound(logits.device).route_stats(logits, bias, spec)
+
+
 def _route_bwd(grad: Tensor, *args: Any) -> list[Tensor]:
     return bound(grad.device).route_bwd(grad, *args)
 
@@ -192,7 +236,13 @@ def _fake_route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor,
     return logits.new_empty(shape, dtype=s.weights_dtype(read)), logits.new_empty(shape, dtype=torch.int64)
 
 
-def _fake_route_bwd(grad: Tensor, logits: Tensor, bias: Any, ids: Tensor, spec: str, needs: Sequence[bool]) -> list[Tensor]:
+def _fake_route_stats(logits: Tensor, bias: Tensor | None, spec: str) -> Stats:
+    E, wide = logits.shape[-1], torch.float64 if logits.dtype == torch.float64 else torch.float32
+    counts = logits.new_empty((E,), dtype=torch.int64)
+    return *_fake_route(logits, bias, spec), counts, logits.new_empty((E,), dtype=wide), logits.new_empty((), dtype=wide)
+
+
+def _fake_route_bwd(grad, logits, bias, ids, dprobs, dsquares, spec, needs):  # type: ignore[no-untyped-def]
     pairs = zip((logits, bias), needs, strict=True)
     return [logits.new_empty((0,)) if t is None or not n else t.new_empty(t.shape) for t, n in pairs]
 
@@ -215,6 +265,7 @@ def _fake_bwd(grad, x, weights, ids, params, sizes, spec, region, saved, needs):
 
 for _name, _kernel, _fake in (
     ("_route", _route, _fake_route),
+    ("_route_stats", _route_stats, _fake_route_stats),
     ("_route_bwd", _route_bwd, _fake_route_bwd),
     ("_experts", _experts, _fake_experts),
     ("_experts_train", _experts_train, _fake_train),
@@ -238,11 +289,38 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
-        logits, bias, ids = ctx.saved_tensors
-        reached = router_from_text(ctx.spec).weights_from == "choice"
-        needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and reached]
-        found = torch.ops.moe._route_bwd.default(grad, logits, bias, ids, ctx.spec, needs)
-        return *(g if n else None for g, n in zip(found, needs, strict=True)), None
+        return _routed_back(ctx, grad, None, None)
+
+
+class _RouteStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, bias, spec):  # type: ignore[no-untyped-def]
+        weights, ids, counts, probs, squares = torch.ops.moe._route_stats.default(logits, bias, spec)
+        ctx.save_for_backward(logits, bias, ids)
+        ctx.spec = spec
+        ctx.dtypes = weights.dtype, probs.dtype
+        ctx.mark_non_differentiable(ids, counts)
+        ctx.set_materialize_grads(False)  # where nobody reads the sums, theirs is no part of the backward
+        return weights, ids, counts, probs, squares
+
+    @staticmethod
+    def backward(ctx, grad, _ids, _counts, dprobs, dsquares):  # type: ignore[no-untyped-def]
+        logits, _, ids = ctx.saved_tensors
+        if grad is None:
+            grad = logits.new_zeros(ids.shape, dtype=ctx.dtypes[0])
+        if dprobs is None and dsquares is not None:
+            dprobs = logits.new_zeros(logits.shape[-1:], dtype=ctx.dtypes[1])
+        if dsquares is None and dprobs is not None:
+            dsquares = logits.new_zeros((), dtype=ctx.dtypes[1])
+        return _routed_back(ctx, grad, dprobs, dsquares)
+
+
+def _routed_back(ctx: Any, grad: Tensor, dprobs: Tensor | None, dsquares: Tensor | None) -> tuple[Any, ...]:
+    logits, bias, ids = ctx.saved_tensors
+    reached = router_from_text(ctx.spec).weights_from == "choice"
+    needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and reached]
+    found = torch.ops.moe._route_bwd.default(grad, logits, bias, ids, dprobs, dsquares, ctx.spec, needs)
+    return *(g if n else None for g, n in zip(found, needs, strict=True)), None
 
 
 class _Experts(torch.autograd.Function):
@@ -280,5 +358,17 @@ def route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tenso
         return reference.weights_of(router_from_text(spec), logits, bias, ids), ids
 
 
+def route_stats(logits: Tensor, bias: Tensor | None, spec: str) -> Stats:
+    """As route(), and reference.statistics() of it: by one kernel where the device has it, else by aten after route()."""
+    if not bound(logits.device).differentiates(spec):
+        weights, ids = route(logits, bias, spec)
+        with torch.autocast(logits.device.type, enabled=False):
+            return weights, ids, *reference.statistics(logits, ids)
+    if torch.is_grad_enabled() and (logits.requires_grad or (bias is not None and bias.requires_grad)):
+        return _RouteStats.apply(logits, bias, spec)  # type: ignore[no-untyped-call, no-any-return]
+    return torch.ops.moe._route_stats.default(logits, bias, spec)  # type: ignore[no-any-return]
+
+
+library.impl("route_stats", route_stats, "CompositeImplicitAutograd")
 library.impl("route", route, "CompositeImplicitAutograd")
 library.impl("experts", experts, "CompositeImplicitAutograd")

@@ -24,7 +24,8 @@ from moecompile.ir.spec import ExpertsSpec, RouterSpec, Weight, experts_from_tex
 
 _SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
 _SPECS = {  # argument of the spec
-    "experts": 5, "_experts": 5, "_experts_train": 5, "_experts_bwd": 6, "route": 2, "_route": 2, "_route_bwd": 4,
+    "experts": 5, "_experts": 5, "_experts_train": 5, "_experts_bwd": 6, "route": 2, "_route": 2, "_route_bwd": 6,
+    "route_stats": 2, "_route_stats": 2,
 }  # fmt: skip
 
 

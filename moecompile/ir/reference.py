@@ -121,3 +121,16 @@ def route(spec: RouterSpec, logits: Tensor, bias: Tensor | None) -> tuple[Tensor
     else:
         ids = choice.topk(spec.top_k, -1, sorted=spec.sorted).indices
     return chosen_weights(spec, logits, score, choice, ids), ids
+
+
+def statistics(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What balancing losses read of logits [..,E] and ids [..,K], over all tokens: choices of each expert [E] int64, its softmax
+    summed [E] (mean probability times tokens), and logsumexp squared and summed [] (z-loss, ST-MoE, times tokens).
+
+    In float32, or float64 for float64 logits; the last two are differentiable.
+    """
+    z = logits.flatten(0, -2)
+    z = z if z.dtype == torch.float64 else z.float()
+    chosen = ids.flatten()
+    counts = torch.zeros(z.shape[1], dtype=torch.int64, device=ids.device).scatter_add(0, chosen, torch.ones_like(chosen))
+    return counts, torch.softmax(z, -1).sum(0), torch.logsumexp(z, -1).square().sum()

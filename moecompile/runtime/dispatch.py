@@ -47,21 +47,44 @@ class Dispatch:
     def differentiates(self, spec: str) -> bool:
         return self.kernels.differentiates(spec)
 
-    def route_bwd(
-        self, grad: Tensor, logits: Tensor, bias: Tensor | None, ids: Tensor, spec: str, needs: Sequence[bool]
-    ) -> list[Tensor]:
+    def route_stats(self, logits: Tensor, bias: Tensor | None, spec: str) -> ops.Stats:
         r = fallback.region("route:" + spec)
         if not r.broken:
             try:
-                found = self.kernels.route_bwd(grad, logits, bias, ids, spec, needs)
+                found = self.kernels.route_stats(logits, bias, spec)
+            except Exception as e:
+                fallback.failed(r, e)
+            else:
+                if r.due("forward"):
+                    want = self.reference.route_stats(logits, bias, spec)
+                    fallback.compare(r, "a router", "forward", [found[0], *found[3:]], [want[0], *want[3:]], logits.numel())
+                return found
+        return self.reference.route_stats(logits, bias, spec)
+
+    def route_bwd(
+        self,
+        grad: Tensor,
+        logits: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        dprobs: Tensor | None,
+        dsquares: Tensor | None,
+        spec: str,
+        needs: Sequence[bool],
+    ) -> list[Tensor]:
+        r = fallback.region("route:" + spec)
+        arguments = (grad, logits, bias, ids, dprobs, dsquares, spec, needs)
+        if not r.broken:
+            try:
+                found = self.kernels.route_bwd(*arguments)
             except Exception as e:
                 fallback.failed(r, e)
             else:
                 if r.due("backward"):
-                    want = self.reference.route_bwd(grad, logits, bias, ids, spec, needs)
+                    want = self.reference.route_bwd(*arguments)
                     fallback.compare(r, "a router", "backward", found, want, max(grad.numel(), logits.shape[-1]))
                 return found
-        return self.reference.route_bwd(grad, logits, bias, ids, spec, needs)
+        return self.reference.route_bwd(*arguments)
 
     def experts(
         self, x: Tensor, weights: Tensor | None, ids: Tensor, params: Sequence[Tensor], sizes: Sequence[int], spec: str, region: str

@@ -47,12 +47,14 @@ def of_experts(spec: ExpertsSpec, tokens: int, target: Target) -> Iterator[tuple
 def of_router(spec: RouterSpec, tokens: int, target: Target) -> Iterator[tuple[str, str, Kernel]]:
     """The router and its backward with the numbers that are chosen for `tokens` on `target`."""
     f32 = torch.float32
-    config = gpu_choose.choose("router", spec, tokens, target)
-    text = gpu_router_text.router_text(spec, config, f32, f32 if spec.bias else None)
-    yield "router", "router", gpu_load.load("router", config, text)
-    config = gpu_choose.choose("grad_router", spec, tokens, target)
-    text = gpu_router_text.grad_router_text(spec, config, f32, f32 if spec.bias and spec.weights_from == "choice" else None)
-    yield "grad_router", "grad_router", gpu_load.load("grad_router", config, text)
+    read = f32 if spec.bias and spec.weights_from == "choice" else None
+    for stats in (False, True):
+        config = gpu_choose.choose("router", spec, tokens, target)
+        text = gpu_router_text.router_text(spec, config, f32, f32 if spec.bias else None, stats)
+        yield f"router, stats {stats}", "router", gpu_load.load("router", config, text)
+        config = gpu_choose.choose("grad_router", spec, tokens, target)
+        text = gpu_router_text.grad_router_text(spec, config, f32, read, stats)
+        yield f"grad_router, stats {stats}", "grad_router", gpu_load.load("grad_router", config, text)
 
 
 DEEPSEEK_ROUTER = RouterSpec(

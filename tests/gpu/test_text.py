@@ -63,6 +63,10 @@ GOLDENS = {
     "grad_vector_mains": lambda: text(SPEC, "grad_vector", which="b1", into="mains"),
     "permute": lambda: gpu_text.permute_text(SPEC, Config(256, 1, 1, 4, 1), 16),
     "router": lambda: gpu_router_text.router_text(families.DEEPSEEK_ROUTER, Config(1, 1, 1, 4, 1), torch.float32, torch.float32),
+    "router_stats": lambda: gpu_router_text.router_text(families.QWEN_ROUTER, Config(4, 1, 1, 4, 1), torch.float32, None, True),
+    "grad_router_stats": lambda: gpu_router_text.grad_router_text(
+        families.QWEN_ROUTER, Config(4, 1, 1, 4, 1), torch.float32, None, True
+    ),
     "grad_router": lambda: gpu_router_text.grad_router_text(
         families.BIASED_ROUTER, Config(4, 1, 1, 4, 1), torch.float32, torch.float32
     ),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from moecompile.ir import ops
+from moecompile.ir import ops, reference
 from moecompile.ir.spec import Groups, RouterSpec
 
 F64 = torch.float64
@@ -54,13 +54,47 @@ def test_gradcheck(name: str, device: bool) -> None:
 
 
 @pytest.mark.parametrize("name", SPECS)
+def test_gradcheck_with_statistics(name: str, device: bool) -> None:
+    spec = SPECS[name]
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, spec.num_experts, generator=g, dtype=F64, requires_grad=True)
+    bias = torch.randn(spec.num_experts, generator=g, dtype=F64, requires_grad=True) if spec.bias else None
+    text = spec.text()
+
+    def differentiable(logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        weights, _, _, probs, squares = torch.ops.moe.route_stats(logits, bias, text)
+        return weights, probs, squares
+
+    assert ("_RouteStats" in str(differentiable(logits, bias)[1].grad_fn)) == device
+    assert torch.autograd.gradcheck(differentiable, (logits, bias))
+
+
+@pytest.mark.parametrize("used", range(3), ids=("weights", "probs", "squares"))
+def test_each_result_alone_has_its_gradient(used: int, device: bool) -> None:
+    """What nobody reads is no part of the backward; the rest is as if it were."""
+    spec = SPECS["softmax"]
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=F64, requires_grad=True)
+    weights, ids, _, probs, squares = torch.ops.moe.route_stats(logits, None, spec.text())
+    result = (weights, probs, squares)[used]
+    grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1), dtype=F64)
+    (found,) = torch.autograd.grad(result, logits, grad)
+    plain = (reference.weights_of(spec, logits, None, ids), *reference.statistics(logits, ids)[1:])[used]
+    (want,) = torch.autograd.grad(plain, logits, grad)
+    torch.testing.assert_close(found, want)
+
+
+@pytest.mark.parametrize("name", SPECS)
 def test_the_op_is_sound(name: str) -> None:
     spec = SPECS[name]
     logits = torch.randn(3, spec.num_experts, dtype=F64)
     bias = torch.randn(spec.num_experts, dtype=F64) if spec.bias else None
     weights, ids = torch.ops.moe._route(logits, bias, spec.text())
-    arguments = (weights, logits, bias, ids, spec.text(), [True, spec.weights_from == "choice"])
+    arguments = (weights, logits, bias, ids, None, None, spec.text(), [True, spec.weights_from == "choice"])
     torch.library.opcheck(torch.ops.moe._route_bwd.default, arguments)
+    _, _, _, probs, squares = torch.ops.moe._route_stats(logits, bias, spec.text())
+    arguments = (weights, logits, bias, ids, probs, squares, spec.text(), [True, False])
+    torch.library.opcheck(torch.ops.moe._route_bwd.default, arguments)
+    torch.library.opcheck(torch.ops.moe._route_stats.default, (logits, bias, spec.text()))
 
 
 def test_a_cpu_has_no_such_kernel() -> None:

@@ -238,4 +238,17 @@ MUTANTS = (
     ),
     Mutant("grad_router: partial sums in one place", "grad_router", "tl.program_id(0).to(tl.int64) * E", "0 * E"),
     Mutant("grad_router: rows past the end", "grad_router", "mask=inside)", "mask=inside | True)"),
+    # router statistics
+    Mutant("stats: choices of tokens past the end", "router", "live & (key == LEAST)", "(key == LEAST)"),
+    Mutant("stats: experts not chosen", "router", "(key == LEAST), 1, 0", "(key == LEAST), 0, 1"),
+    Mutant("stats: softmax of tokens past the end", "router", "tl.where(live, share, 0.0)", "tl.where(live, share, 1.0)"),
+    Mutant("stats: partial sums in one place", "router", "tl.program_id(0).to(tl.int64) * E", "0 * E"),
+    Mutant("stats: logsumexp not squared", "router", "lse * lse", "lse"),
+    Mutant("stats: squares of tokens past the end", "router", "lse * lse, 0.0", "lse * lse, 1.0"),
+    Mutant("stats: largest logit forgotten", "router_softmax", "lse = top + ", "lse = "),
+    Mutant("stats: softmax not normalised", "router_softmax", "share = share / total", "share = share / 1.0"),
+    Mutant("grad stats: sum forgotten", "grad_router", "(dshare - tl.sum(dshare * share, 1)[:, None] + dlse)", "(dshare + dlse)"),
+    Mutant("grad stats: z-loss forgotten", "grad_router", " + dlse)", ")"),
+    Mutant("grad stats: half of a square", "grad_router", "2.0 * lse", "lse"),
+    Mutant("grad stats: weights forgotten", "grad_router", "d += share * ", "d = share * "),
 )

@@ -20,7 +20,15 @@ from moecompile.codegen import gpu, gpu_choose, gpu_router_text, gpu_text
 from moecompile.ir.spec import OutOfRange, RouterSpec, WeightOn
 from moecompile.kernels.gpu import decode, permute
 from tests.gpu import layers
-from tests.gpu.interpreted import agree, test_forms, test_main_gradient, test_permute, test_router, test_router_backward
+from tests.gpu.interpreted import (
+    agree,
+    test_forms,
+    test_main_gradient,
+    test_permute,
+    test_router,
+    test_router_backward,
+    test_router_stats,
+)
 from tests.gpu.interpreted.mutants import MUTANTS, Mutant
 
 ROUTER_TEXTS = (gpu_router_text.router_text, gpu_router_text.grad_router_text)
@@ -99,6 +107,14 @@ def routers() -> None:
     test_router.test_nan_is_the_largest_as_in_topk()
 
 
+def router_statistics() -> None:
+    for name in ("mixtral", "groups of no power of two"):
+        spec = test_router.ROUTERS[name]
+        test_router_stats.check(spec, *test_router.drawn(spec, 5))
+    spec = test_router.ROUTERS["olmoe"]
+    test_router_stats.check_gradients(spec, *test_router.drawn(spec, 5))
+
+
 def router_gradients() -> None:
     for name in ("mixtral", "olmoe", "deepseek-v3", "sqrtsoftplus", "gpt-oss", "llama4", "weights from the choice"):
         spec = test_router_backward.DIFFERENTIABLE[name]
@@ -129,10 +145,11 @@ def shared_sums() -> None:
 
 
 CHECKS: dict[str, tuple[Callable[[], None], ...]] = {
-    "router": (routers,),
+    "router": (routers, router_statistics),
+    "router_softmax": (router_statistics,),
     "router_score": (routers,),
     "router_post": (routers,),
-    "grad_router": (router_gradients,),
+    "grad_router": (router_gradients, router_statistics),
     "permute": (permutations,),
     "schedule": (permutations,),
     "programs": (forms,),

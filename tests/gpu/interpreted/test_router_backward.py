@@ -6,7 +6,7 @@ Run as tests/gpu/test_interpreted.py does.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -29,20 +29,23 @@ MORE = {
 DIFFERENTIABLE = {n: s for n, s in (ROUTERS | MORE).items() if gpu_router.differentiates(s) is None}
 
 
-def wanted(spec: RouterSpec, grad: Tensor, logits: Tensor, bias: Tensor | None, ids: Tensor) -> list[Tensor]:
+def wanted(
+    spec: RouterSpec, grad: Tensor, logits: Tensor, bias: Tensor | None, ids: Tensor, dstats: Sequence[Tensor] = ()
+) -> list[Tensor]:
     """Gradients of logits and bias in float64."""
     post = tuple(("cast", torch.float64) if step[0] == "cast" else step for step in spec.post)
     wide = dataclasses.replace(spec, score_dtype=torch.float64, post=post)
     bias = None if bias is None else bias.double()
     needs = [True, bias is not None and spec.weights_from == "choice"]
-    return ops.Reference().route_bwd(grad.double(), logits.double(), bias, ids, wide.text(), needs)
+    dsums = [t.double() for t in dstats] or [None, None]
+    return ops.Reference().route_bwd(grad.double(), logits.double(), bias, ids, *dsums, wide.text(), needs)
 
 
 def check(spec: RouterSpec, logits: Tensor, bias: Tensor | None, eps: float = 2e-6) -> None:
     weights, ids = IMPLEMENTATION.route(logits, bias, spec.text())
     grad = torch.randn(weights.shape, generator=torch.Generator().manual_seed(1)).to(weights.dtype)
     needs = [True, bias is not None and spec.weights_from == "choice"]
-    found = IMPLEMENTATION.route_bwd(grad, logits, bias, ids, spec.text(), needs)
+    found = IMPLEMENTATION.route_bwd(grad, logits, bias, ids, None, None, spec.text(), needs)
     want = wanted(spec, grad, logits, bias, ids)
     assert found[0].dtype == logits.dtype and found[0].shape == logits.shape
     for name, got, right in zip(("logits", "bias"), found, want, strict=True):
@@ -82,7 +85,7 @@ def test_scores_that_underflow_have_no_slope() -> None:
     logits[:, 4] = -200.0
     weights, ids = IMPLEMENTATION.route(logits, bias, spec.text())
     assert not bool((ids == 4).any())
-    found = IMPLEMENTATION.route_bwd(torch.ones_like(weights), logits, bias, ids, spec.text(), [True, False])[0]
+    found = IMPLEMENTATION.route_bwd(torch.ones_like(weights), logits, bias, ids, None, None, spec.text(), [True, False])[0]
     assert found.isfinite().all() and bool((found[:, 4] == 0).all())
 
 
@@ -95,7 +98,7 @@ def test_a_token_of_nan_stays_alone(name: str) -> None:
     found, other = [], []
     for given, kept in ((logits, found), (clean, other)):
         weights, ids = IMPLEMENTATION.route(given, bias, spec.text())
-        kept += IMPLEMENTATION.route_bwd(torch.ones_like(weights), given, bias, ids, spec.text(), [True, False])
+        kept += IMPLEMENTATION.route_bwd(torch.ones_like(weights), given, bias, ids, None, None, spec.text(), [True, False])
     rows = [0, 1, 3, 4, 5]
     assert torch.equal(found[0][rows], other[0][rows])
 
@@ -104,7 +107,7 @@ def test_what_nobody_needs_is_empty_and_a_bias_that_only_chooses_gets_zeros() ->
     spec = ROUTERS["deepseek-v3"]
     logits, bias = drawn(spec, 5)
     weights, ids = IMPLEMENTATION.route(logits, bias, spec.text())
-    found = IMPLEMENTATION.route_bwd(weights, logits, bias, ids, spec.text(), [False, True])
+    found = IMPLEMENTATION.route_bwd(weights, logits, bias, ids, None, None, spec.text(), [False, True])
     assert found[0].numel() == 0 and torch.equal(found[1], torch.zeros(32))
 
 
@@ -112,7 +115,7 @@ def test_a_run_repeats_bit_for_bit() -> None:
     spec = ROUTERS["weights from the choice"]
     logits, bias = drawn(spec, 33)
     weights, ids = IMPLEMENTATION.route(logits, bias, spec.text())
-    first, second = (IMPLEMENTATION.route_bwd(weights, logits, bias, ids, spec.text(), [True, True]) for _ in range(2))
+    first, second = (IMPLEMENTATION.route_bwd(weights, logits, bias, ids, None, None, spec.text(), [True, True]) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
