@@ -17,3 +17,9 @@ class VerifyError(Exception):
 
 class CaptureError(RuntimeError):
     """The user's call: what a CUDA graph cannot hold was to happen while one was captured. Says what to do before."""
+
+
+def need(condition: object, reason: str) -> None:
+    """Unsupported, for this reason, unless the condition holds."""
+    if not condition:
+        raise Unsupported(reason)

@@ -13,12 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from moecompile.errors import Unsupported
+from moecompile.errors import Unsupported, need
 from moecompile.ir import surgery
 from moecompile.ir.spec import RouterSpec
 from moecompile.passes import Context, Entry, Phase, graph_pass
-from moecompile.recognize.layer import Router, router_of
 from moecompile.recognize.roles import Chosen, Ids, Ref
+from moecompile.recognize.routing import Router, router_of
 from moecompile.recognize.walk import Walk, walk
 
 
@@ -52,24 +52,19 @@ def _fuse(gm: fx.GraphModule, found: Walk, context: Context) -> None:
     gm.recompile()
 
 
-def _need(condition: object, reason: str) -> None:
-    if not condition:
-        raise Unsupported(reason)
-
-
 def _replace(gm: fx.GraphModule, found: Walk, n: fx.Node, context: Context) -> RouterSpec:
     weights, ids = (found.values.get(a) for a in n.args[1:3])  # type: ignore[arg-type]
-    _need(n.args[1] is not None, "the experts are not weighted")
+    need(n.args[1] is not None, "the experts are not weighted")
     w, i = found.mode.get(weights), found.mode.get(ids)
-    _need(
+    need(
         isinstance(w, Chosen) and isinstance(i, Ids) and w.routing is i.routing,
         "the weights and ids come from code that is not a known router",
     )
     assert isinstance(w, Chosen) and isinstance(i, Ids)
     router = router_of(found, w)
-    _need(i.routing.ids is not None and isinstance(w.base, Tensor), "no node holds the router's results")
+    need(i.routing.ids is not None and isinstance(w.base, Tensor), "no node holds the router's results")
     reason = context.supports_router(router.spec, w.base.device)
-    _need(not reason, str(reason))
+    need(not reason, str(reason))
     return _Rewrite(gm, found, router, w, i).do()
 
 
@@ -86,10 +81,10 @@ class _Rewrite:
         reads = [router.logits, *([router.bias] if router.bias is not None else [])]
         for ref in reads:
             written = self.mode.written.get(ref.storage, [])
-            _need(not any(ref.step < s <= at for s in written), f"{ref.node.name} is overwritten inside the router")
+            need(not any(ref.step < s <= at for s in written), f"{ref.node.name} is overwritten inside the router")
         for t in (self.weights, self.ids):
             later = self.mode.written.get(self.mode.key(t), [])
-            _need(not any(s > at for s in later), "the router's results are overwritten later")
+            need(not any(s > at for s in later), "the router's results are overwritten later")
         inputs = {r.node for r in reads}
         nodes: set[fx.Node] = set()
         for result in results:
@@ -103,7 +98,7 @@ class _Rewrite:
         """The original choice must die: two of them need not agree on ties."""
         ids = self.ids
         written = [s for s in self.mode.written.get(self.mode.key(ids), []) if s <= at]
-        _need(not written, "the chosen ids are overwritten")
+        need(not written, "the chosen ids are overwritten")
         for n in nodes:
             value = self.walk.values.get(n)
             results = [t for t in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(t, Tensor)]
@@ -112,7 +107,7 @@ class _Rewrite:
             for m in (h for t in results if t is not ids for h in self.walk.holders.get(id(t), [])):
                 replaced = self.walk.values.get(m) is self.weights
                 outside = [u for u in m.users if u not in nodes and not (replaced and self.walk.when(u) > at)]
-                _need(not outside, f"{m.name}, a value inside the router, is used elsewhere too")
+                need(not outside, f"{m.name}, a value inside the router, is used elsewhere too")
 
     def insert(self, reads: list[Ref], at: int) -> None:
         router, graph = self.router, self.gm.graph

@@ -1,84 +1,27 @@
 """Run a Dynamo graph on fake tensors and give every value its role.
 
-    static    sizes are plain ints: no guard can appear.  A symbolic size becomes a large number of its own (`GenericSizes`),
-              so what is equal here is equal as an expression of the symbols, not by chance
-    honest    a role is bound to the version of its storage: a write through any alias ends the roles of all of them
-    total     a node that cannot be run keeps Dynamo's example value without a role; nothing is raised
-
-RULES says for each ATen overload packet how it maps the roles of its arguments to roles of its results: the first rule that has
-an answer counts, and each rule answers only for roles it is about.  An op without a rule gives none.  Roles are read before a
-write is counted, so an in-place op may carry its own role on.
+static    sizes are plain ints: no guard can appear.  A symbolic size becomes a large number of its own (`GenericSizes`),
+          so what is equal here is equal as an expression of the symbols, not by chance
+honest    a role is bound to the version of its storage: a write through any alias ends the roles of all of them
+total     a node that cannot be run keeps Dynamo's example value without a role; nothing is raised
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
-import itertools
 import logging
 import operator
-import pkgutil
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from moecompile.ir.surgery import value_of
 from moecompile.recognize import dims as D
-from moecompile.recognize.roles import (
-    Chosen,
-    DenseWeights,
-    Gathered,
-    Ids,
-    Leaf,
-    Pairs,
-    Ref,
-    Role,
-    Routing,
-    SortedIds,
-    Stack,
-    Sum,
-    SumRows,
-)
-
-aten = torch.ops.aten
-Rule = Callable[..., Any]  # (walker, result, *args of the op) -> role, list of roles, or None
-RULES: dict[object, list[Rule]] = {}
-
-
-def rule(*packets: object) -> Callable[[Rule], Rule]:
-    """Register a rule for overload packets, or for "namespace.name" of an op that another package may register."""
-
-    def add(function: Rule) -> Rule:
-        for packet in packets:
-            RULES.setdefault(packet, []).append(function)
-        return function
-
-    return add
-
-
-def load_rules() -> None:
-    """Import every file of rules/: adding a rule is adding a file."""
-    from moecompile.recognize import rules
-
-    for module in pkgutil.iter_modules(rules.__path__):
-        importlib.import_module(f"{rules.__name__}.{module.name}")
-
-
-@dataclass
-class Loss:
-    """A value of a layer in the making reached an op that no rule follows."""
-
-    node: fx.Node
-    op: str
-    role: Role
+from moecompile.recognize.mode import GenericSizes, Loss, RoleMode, load_rules
+from moecompile.recognize.roles import Ids, Leaf, Pairs, Role, Sum, SumRows
 
 
 @dataclass
@@ -125,233 +68,6 @@ class Walk:
         at = self.step.get(n)
         keys = self.mode.written_at.get(at, ()) if at is not None else ()
         return [m for k in keys for m in self.on_storage.get(k, ()) if m is not n]
-
-
-class GenericSizes:
-    """Plain ints for symbolic sizes: each symbol a large number with a prime of its own."""
-
-    def __init__(self) -> None:
-        self.symbols: dict[sympy.Symbol, int] = {}
-        self.primes = (p for p in itertools.count(100_003, 2) if sympy.isprime(p))
-
-    def next(self) -> int:
-        return 16 * next(self.primes)
-
-    def __call__(self, v: Any) -> Any:
-        """v, or its value at the generic point if it is symbolic."""
-        if isinstance(v, torch.SymFloat):  # a constant of the model: its value, which a rewrite that relies on it pins down
-            return float(v.node.hint) if v.node.has_hint() else float("nan")
-        if isinstance(v, (torch.SymInt, torch.SymBool)):
-            expr = v.node.expr
-            for s in expr.free_symbols:
-                if s not in self.symbols:
-                    self.symbols[s] = self.next()
-            value = expr.subs(self.symbols)
-            return bool(value) if isinstance(v, torch.SymBool) else int(value)
-        return v
-
-
-def _telling(role: Role) -> bool:
-    """Is the loss of this role worth a line to the user? Sorted integers and table look-ups alone are in any model."""
-    if isinstance(role, (Gathered, SortedIds)):
-        return role.routing.choice is not None
-    if isinstance(role, Pairs):
-        return (role.routing is not None and role.routing.choice is not None) or "'mm'" in repr(role.expr)
-    return isinstance(role, SumRows) and role.added is not None
-
-
-class RoleMode(TorchDispatchMode):
-    """Watches ATen ops and gives roles to the tensors they return."""
-
-    def __init__(self, sizes: GenericSizes) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.sizes = sizes
-        self.roles: dict[int, tuple[Role, int]] = {}  # id(tensor) -> role, version of its storage when it was given
-        self.version: Counter[object] = Counter()  # storage -> writes seen
-        self.written: dict[object, list[int]] = {}  # storage -> steps at which it was written
-        self.written_at: dict[int, set[object]] = {}  # step -> storages written at it
-        self.group: dict[int, object] = {}  # storage here -> storage of Dynamo's example values, which know all aliases
-        self.alive: list[Any] = []  # ids are unique only among living tensors
-        self.root: dict[object, Tensor] = {}  # storage -> the first tensor seen on it
-        self.copied: dict[int, tuple[Tensor, torch.dtype | None]] = {}  # id(copy) -> source of a dtype cast or plain copy
-        self.node_of: dict[int, fx.Node] = {}  # id(tensor) -> the node that first returned it
-        self.refs: dict[tuple[int, int], Ref] = {}
-        self.losses: list[Loss] = []
-        self.steps = 0
-        self.current: fx.Node | None = None
-        self.symbolic = False  # the node being run has symbolic scalars among its arguments
-        self.follow = True  # False where the graph switched gradients off or on
-        self.orders = itertools.count(1)
-        self.routings = itertools.count(1)
-
-    # ------------------------------------------------------------ what rules ask
-
-    def key(self, t: Tensor) -> object:
-        try:
-            storage = t.untyped_storage()._cdata
-        except NotImplementedError:  # a tensor of a functorch transform has none
-            return ("transformed", id(t))
-        return self.group.get(storage, storage)
-
-    def get(self, t: object) -> Role | None:
-        """The role of a tensor, if it still holds."""
-        found = self.roles.get(id(t))
-        if found is None or not isinstance(t, Tensor) or found[1] != self.version[self.key(t)]:
-            return None
-        return found[0]
-
-    def put(self, t: Tensor, role: Role | None) -> None:
-        self.alive.append(t)
-        if role is None:
-            self.roles.pop(id(t), None)
-        else:
-            self.roles[id(t)] = (role, self.version[self.key(t)])
-
-    def ref(self, t: Tensor) -> Ref | None:
-        """The value as a live-in, if a node of the graph holds it."""
-        node = self.node_of.get(id(t))
-        if node is None:
-            return None
-        key = (id(t), self.version[self.key(t)])
-        if key not in self.refs:
-            self.refs[key] = Ref(node, t, self.key(t), self.steps)
-        return self.refs[key]
-
-    def leaf(self, t: object) -> Leaf | None:
-        """The tensor as a live-in: seen through views and casts, or, whatever else it is, as the node that holds it."""
-        if not isinstance(t, Tensor):
-            return None
-        role = self.get(t)
-        if isinstance(role, Leaf):
-            return role
-        ref = self.ref(t)
-        return None if ref is None else Leaf(D.fresh(t.shape), ref)
-
-    def number(self, v: object) -> float | None:
-        """A scalar argument that is a constant of the graph, not a symbolic size."""
-        return float(v) if isinstance(v, (int, float)) and not self.symbolic else None
-
-    def routing(self, t: Tensor, **facts: Any) -> Routing:
-        return Routing(ids=self.ref(t), id=next(self.routings), **facts)
-
-    def stack(self, t: object, features: int) -> Stack | None:
-        """t as E matrices (features = 2), E vectors (1) with a leading expert dimension, or without it a single one."""
-        if not isinstance(t, Tensor) or t.dim() not in (features, features + 1) or not t.is_floating_point():
-            return None
-        cast: torch.dtype | None = None
-        source, offset, strides = t, t.storage_offset(), t.stride()
-        while True:
-            root = self.root.get(self.key(source))
-            if root is None:
-                return None
-            if self.node_of.get(id(root)) is not None and root.is_contiguous():
-                break
-            if id(root) not in self.copied:
-                return None
-            before, to = self.copied[id(root)]
-            if before.stride() != root.stride() or before.shape != root.shape:
-                return None
-            cast = cast or to
-            offset += before.storage_offset() - root.storage_offset()
-            source = before
-        ref = self.ref(root)
-        assert ref is not None
-        e = int(strides[0]) if t.dim() > features else None
-        return Stack(
-            ref,
-            tuple(root.shape),
-            int(offset - root.storage_offset()),
-            e,
-            tuple(strides[-features:]),
-            tuple(t.shape[-features:]),
-            int(t.shape[0]) if t.dim() > features else 1,
-            cast,
-        )
-
-    # ------------------------------------------------------------ the dispatch
-
-    def wrote(self, t: Tensor) -> None:
-        key = self.key(t)
-        self.version[key] += 1
-        self.written.setdefault(key, []).append(self.steps)
-        self.written_at.setdefault(self.steps, set()).add(key)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        packet = func.overloadpacket
-        if packet is aten.nonzero:  # a static fake mode cannot give its size
-            out = args[0].new_empty((self._unknown_size(), args[0].dim()), dtype=torch.int64)
-        elif packet is aten.bincount:
-            out = args[0].new_empty((self._bins(args, kwargs),), dtype=torch.int64)
-        elif packet is aten.index and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]):
-            out = self._index_by_mask(*args)
-        else:
-            out = func(*args, **kwargs)
-        if packet is torch.ops.prim.device or packet is aten.sym_size:
-            return out
-        outs = list(out) if isinstance(out, (tuple, list)) else [out]
-        for t in outs:
-            if isinstance(t, Tensor):
-                self.root.setdefault(self.key(t), t)
-        found: list[Role | None] = [None]
-        for function in RULES.get(packet) or RULES.get(str(packet)) or ():
-            said = function(self, out, *args, **kwargs)
-            found = said if isinstance(said, list) else [said]
-            if any(found):
-                break
-        if not self.follow:  # integers carry no gradient: only they may cross a change of grad mode
-            for role in found:
-                if isinstance(role, Sum) and self.current is not None:
-                    self.losses.append(Loss(self.current, "the experts run under another grad mode than the rest; it", role))
-            found = [r if isinstance(t, Tensor) and not t.is_floating_point() else None for r, t in zip(found, outs, strict=False)]
-        if not any(found) and self.current is not None:
-            self._lost(packet, args)
-        for argument, schema in zip(args, func._schema.arguments, strict=False):
-            if schema.alias_info is not None and schema.alias_info.is_write:
-                for t in tree_leaves(argument):
-                    if isinstance(t, Tensor):
-                        self.wrote(t)
-        for schema in func._schema.arguments:
-            if schema.kwarg_only and schema.alias_info is not None and schema.alias_info.is_write and schema.name in kwargs:
-                self.wrote(kwargs[schema.name])
-        for t, role in itertools.zip_longest(outs, found[: len(outs)]):
-            if isinstance(role, (Chosen, DenseWeights)) and role.base is None:
-                role = dataclasses.replace(role, base=t)
-            if isinstance(t, Tensor) and (role is not None or id(t) not in self.node_of or func._schema.is_mutable):
-                self.put(t, role)
-        return out
-
-    def _lost(self, packet: Any, args: Any) -> None:
-        for a in tree_leaves(args):
-            role = self.get(a)
-            if role is not None and _telling(role):
-                assert self.current is not None
-                self.losses.append(Loss(self.current, str(packet), role))
-                return
-
-    def _unknown_size(self) -> int:
-        """The size Dynamo gave the result of a data-dependent op in the node being run."""
-        if self.current is not None:
-            for v in tree_leaves(value_of(self.current)):
-                if isinstance(v, Tensor) and v.dim():
-                    s = v.shape[0]
-                    if isinstance(s, torch.SymInt):
-                        return int(self.sizes(s))
-        return self.sizes.next()
-
-    def _bins(self, args: Any, kwargs: Any) -> int:
-        v = value_of(self.current) if self.current is not None else None
-        if isinstance(v, Tensor) and v.dim() == 1:
-            return int(self.sizes(v.shape[0]))
-        return int(kwargs.get("minlength", args[2] if len(args) > 2 else 0)) or self.sizes.next()
-
-    def _index_by_mask(self, x: Tensor, indices: Any) -> Tensor:
-        first = next(i for i, m in enumerate(indices) if m is not None)
-        mask = indices[first]
-        if sum(m is not None for m in indices) != 1 or mask.dtype != torch.bool:
-            raise NotImplementedError("a mask among several indices")
-        shape = (*x.shape[:first], self._unknown_size(), *x.shape[first + mask.dim() :])
-        return x.new_empty(shape)
 
 
 # ---------------------------------------------------------------- the walk over nodes

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from moecompile.recognize import dims as D
+from moecompile.recognize.mode import RoleMode, aten, rule
 from moecompile.recognize.roles import (
     DENSE_SPACE,
     TOKEN_SPACE,
@@ -24,7 +25,6 @@ from moecompile.recognize.roles import (
     Term,
 )
 from moecompile.recognize.rules.pointwise import weights_of
-from moecompile.recognize.walk import RoleMode, aten, rule
 
 
 @rule(aten.sum)

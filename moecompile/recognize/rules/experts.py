@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from moecompile.recognize import dims as D
+from moecompile.recognize.mode import RoleMode, aten, rule
 from moecompile.recognize.roles import (
     DENSE_SPACE,
     TOKEN_SPACE,
@@ -33,7 +34,6 @@ from moecompile.recognize.roles import (
 from moecompile.recognize.rules.order import is_flat
 from moecompile.recognize.rules.pointwise import rows_of, weights_of
 from moecompile.recognize.rules.views import as_ids
-from moecompile.recognize.walk import RoleMode, aten, rule
 
 GATHERED = -1  # fourth part of ("mm", ..): the matrix was indexed by unclamped ids; > 0: by ids clamped below this; 0: otherwise
 

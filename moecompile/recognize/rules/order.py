@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moecompile.recognize import dims as D
+from moecompile.recognize.mode import RoleMode, aten, rule
 from moecompile.recognize.roles import (
     Counts,
     Full,
@@ -27,7 +28,6 @@ from moecompile.recognize.roles import (
     Space,
 )
 from moecompile.recognize.rules.views import as_ids
-from moecompile.recognize.walk import RoleMode, aten, rule
 
 
 def is_flat(role: Ids) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moecompile.ir import expr as X
 from moecompile.recognize import dims as D
+from moecompile.recognize.mode import RoleMode, aten, rule
 from moecompile.recognize.roles import (
     DENSE_SPACE,
     TOKEN_SPACE,
@@ -26,7 +27,6 @@ from moecompile.recognize.roles import (
     Weights,
 )
 from moecompile.recognize.rules.views import features
-from moecompile.recognize.walk import RoleMode, aten, rule
 
 
 def weights_of(c: RoleMode, t: object) -> tuple[Weights, D.Dims] | None:

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from moecompile.recognize import dims as D
+from moecompile.recognize.mode import RoleMode, aten, rule
 from moecompile.recognize.roles import (
     Chosen,
     ChosenSum,
@@ -34,7 +35,6 @@ from moecompile.recognize.roles import (
     Scores,
     Tree,
 )
-from moecompile.recognize.walk import RoleMode, aten, rule
 
 
 def as_scores(c: RoleMode, x: object) -> Scores | None:

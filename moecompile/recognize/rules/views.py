@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moecompile.recognize import dims as D
+from moecompile.recognize.mode import RoleMode, aten, rule
 from moecompile.recognize.roles import (
     Chosen,
     Counts,
@@ -32,7 +33,6 @@ from moecompile.recognize.roles import (
     SortedIds,
     Sum,
 )
-from moecompile.recognize.walk import RoleMode, aten, rule
 
 R = TypeVar("R", bound=Role)
 _ORDERS = (Perm, Inverse, PairToken, PairSlot, Counts, Offsets, SortedIds, Iota)
