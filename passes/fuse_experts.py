@@ -41,6 +41,7 @@ def _fuse(gm: fx.GraphModule, found: Walk, context: Context) -> None:
         entry = Entry("fused", layer.output.name, layer.form, layer.spec.experts, stack_trace=_trace(layer.output))
         try:
             _Replacement(gm, layer, context, entry).do()
+            found.pin()
         except Unsupported as e:
             entry.status, entry.reason = "declined", str(e)
         context.entries.append(entry)

@@ -10,6 +10,8 @@ Needs: fuse-experts.  Changes rounding only of scores that are exponentials; ids
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, fx
 
@@ -17,7 +19,8 @@ from moecompile.errors import Unsupported, need
 from moecompile.ir import surgery
 from moecompile.ir.spec import RouterSpec
 from moecompile.passes import Context, Entry, Phase, graph_pass
-from moecompile.recognize.roles import Chosen, Ids, Ref
+from moecompile.recognize import dims as D
+from moecompile.recognize.roles import Chosen, Ids
 from moecompile.recognize.routing import Router, router_of
 from moecompile.recognize.walk import Walk, walk
 
@@ -47,6 +50,7 @@ def _fuse(gm: fx.GraphModule, found: Walk, context: Context) -> None:
         try:
             entry.router = _replace(gm, found, n, context)
             entry.router_reason = ""
+            found.pin()
         except Unsupported as e:
             entry.router_reason = str(e)
     gm.recompile()
@@ -79,9 +83,11 @@ class _Rewrite:
         end = max(results, key=lambda m: walked.step[m])
         at = walked.step[end]
         reads = [router.logits, *([router.bias] if router.bias is not None else [])]
+        start = max(ref.step for ref in reads)  # moe.route goes right before the node that ran then, which may write its inputs
         for ref in reads:
             written = self.mode.written.get(ref.storage, [])
-            need(not any(ref.step < s <= at for s in written), f"{ref.node.name} is overwritten inside the router")
+            early = any(ref.step <= s < start or ref.step < s <= at for s in written)
+            need(not early, f"{ref.node.name} is overwritten inside the router")
         for t in (self.weights, self.ids):
             later = self.mode.written.get(self.mode.key(t), [])
             need(not any(s > at for s in later), "the router's results are overwritten later")
@@ -89,10 +95,16 @@ class _Rewrite:
         nodes: set[fx.Node] = set()
         for result in results:
             nodes |= surgery.slice_of(result, inputs, lambda n: walked.writers(n, at))
+        self.check_layout()
         self.check(surgery.with_size_queries(nodes, walked.nodes), at)
-        self.insert(reads, at)
+        self.insert(start, at)
         surgery.erase(self.gm.graph, surgery.with_size_queries(nodes, walked.nodes), walked.sharers, walked.step)
         return router.spec
+
+    def check_layout(self) -> None:
+        w = self.mode.get(self.weights)
+        in_order = w is None or D.in_pair_order(w.dims)
+        need(in_order, "the routing weights are not laid out by token and slot")
 
     def check(self, nodes: set[fx.Node], at: int) -> None:
         """The original choice must die: two of them need not agree on ties."""
@@ -109,16 +121,28 @@ class _Rewrite:
                 outside = [u for u in m.users if u not in nodes and not (replaced and self.walk.when(u) > at)]
                 need(not outside, f"{m.name}, a value inside the router, is used elsewhere too")
 
-    def insert(self, reads: list[Ref], at: int) -> None:
+    def insert(self, start: int, at: int) -> None:
         router, graph = self.router, self.gm.graph
         bias = router.bias.node if router.bias is not None else None
-        anchor = self.walk.nodes[max(ref.step for ref in reads)]
+        anchor = self.walk.nodes[start]
         with graph.inserting_before(anchor):
             args = (router.logits.node, bias, router.spec.text())
             route = surgery.call(graph, torch.ops.moe.route.default, args, anchor)
-            weights, ids = (surgery.call_getitem(graph, route, i, anchor) for i in range(2))
+            results = [surgery.call_getitem(graph, route, i, anchor) for i in range(2)]
+            weights, ids = (self.shaped(n, t, anchor) for n, t in zip(results, (self.weights, self.ids), strict=True))
         for tensor, new, since in ((self.weights, weights, at), (self.ids, ids, -1)):
             for holder in self.walk.holders[id(tensor)]:
                 for user in list(holder.users):
                     if self.walk.when(user) > since:
                         user.replace_input_with(holder, new)
+
+    def shaped(self, n: fx.Node, like: Tensor, anchor: fx.Node) -> fx.Node:
+        """n [.., K], a result of moe.route, as the tensor it replaces was laid out."""
+        tokens, k = tuple(self.router.logits.tensor.shape[:-1]), self.router.spec.top_k
+        shape = tuple(like.shape)
+        if shape == (*tokens, k):
+            return n
+        if len(shape) == 1 and shape[0] == math.prod(tokens) * k:
+            return surgery.call(self.gm.graph, "flatten", (n,), anchor)
+        need(shape == (math.prod(tokens), k), "the routing weights or ids are not laid out by token and slot")
+        return surgery.call(self.gm.graph, "flatten", (n, 0, -2), anchor)

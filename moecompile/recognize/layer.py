@@ -132,6 +132,10 @@ def _layer(walk: Walk, end: End) -> Layer:
     parsed.read(expr)
     k = max(t.top_k for t in terms) or routing.top_k
     need(k and routing.top_k in (0, k), "how many experts a token has is not known")
+    need(k not in walk.mode.sizes.values, "how many experts a token has is a symbolic size")
+    if space.kind == "subset" and k > 1 and routing.choice is None and not all("k" in t.space.how for t in terms):
+        weighted = parsed.weights is not None and parsed.weight_on is WeightOn.OUTPUT
+        need(weighted, "a token's experts may be the same one twice, and the loop then runs it once")
     weights = parsed.weights
     if space == DENSE_SPACE:
         need(weights is not None, "every expert runs on every token and no routing weight selects among them")

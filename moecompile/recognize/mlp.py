@@ -12,7 +12,7 @@ import torch
 from moecompile.errors import Unsupported, need
 from moecompile.ir import expr as X
 from moecompile.ir.spec import ExpertsSpec, OutOfRange, Weight, WeightOn
-from moecompile.recognize.roles import PairExpr, Ref, Stack, Weights
+from moecompile.recognize.roles import PairExpr, Ref, Stack, Weights, holds
 
 # ---------------------------------------------------------------- per-expert expressions into one
 
@@ -84,23 +84,22 @@ class Experts:
         self.clamped = 0
         self.by_index = False
         self.dtypes: set[torch.dtype] = set()
+        self.casts: dict[torch.dtype, bool] = {}  # dtypes that values are cast to: only after the last matmul?
         self._uses: dict[int, list[tuple[Stack, set[int]]]] = {}  # parameter -> the rows of which stack are read from it
         self._refs: list[tuple[Ref, torch.dtype | None]] = []
 
     def read(self, e: PairExpr) -> None:
-        e = self._strip_outer(e)
-        scale = 1.0
-        while e[0] == "mul":
-            a, b = self._strip_outer(e[1]), self._strip_outer(e[2])
-            rest = self._unweighted(a, b, WeightOn.OUTPUT)
-            if rest is not None:
-                e = rest
-            elif b[0] == "const":
-                scale, e = scale * b[1], a
-            elif a[0] == "const":
-                scale, e = scale * a[1], b
+        scale, rest = 1.0, []
+        for f in self._factors(e):
+            if f[0] == "const":
+                scale *= f[1]
+            elif f[0] == "weight":
+                need(self.weights is None, "a pair is weighted twice")
+                self.weights, self.weight_on = f[1], WeightOn.OUTPUT
             else:
-                raise Unsupported("the experts' outputs are multiplied by something that is not a routing weight")
+                rest.append(f)
+        need(len(rest) == 1, "the experts' outputs are multiplied by something that is not a routing weight")
+        e = rest[0]
         e = self._strip(e)
         e, self.down_bias = self._split_bias(e)
         need(e[0] == "mm", f"the last step of the experts is {_name(e)}, not a matmul")
@@ -128,6 +127,8 @@ class Experts:
             if e[0] == "sentinel":
                 need(self.sentinel in (0, e[1]), "two different sentinels")
                 self.sentinel = e[1]
+            else:
+                self.casts[e[1]] = self.casts.get(e[1], True) and self.down is None
             e = e[2]
         return e
 
@@ -136,6 +137,15 @@ class Experts:
         if e is not inner and self.sentinel:
             self.outer_sentinel = self.sentinel
         return inner
+
+    def _factors(self, e: PairExpr) -> list[PairExpr]:
+        """What e is the product of, seen through casts and masks."""
+        e = self._strip_outer(e)
+        if e[0] == "mul":
+            return self._factors(e[1]) + self._factors(e[2])
+        if e[0] == "div" and e[2][0] == "const" and e[2][1]:
+            return [*self._factors(e[1]), ("const", 1.0 / e[2][1])]
+        return [e]
 
     def _unweighted(self, a: PairExpr, b: PairExpr, on: WeightOn) -> PairExpr | None:
         """Of a product a * b the factor that is not the routing weight, which is noted; None where neither is it."""
@@ -249,6 +259,10 @@ class Experts:
 
     def spec(self, k: int, out_of_range: OutOfRange, out_dtype: torch.dtype) -> ExpertsSpec:
         need(len(self.dtypes) == 1, f"the experts' weights are of several dtypes: {sorted(map(str, self.dtypes))}")
+        compute = next(iter(self.dtypes))
+        for dtype, outside in self.casts.items():
+            exact = holds(dtype, compute) or (outside and holds(dtype, out_dtype))
+            need(exact, f"values are rounded to {dtype} inside the layer, which computes in {compute}")
         F = self.projections[0][4]
         need(all(p[4] == F for p in self.projections), "the projections differ in width")
         up = self.projections[0][0].each[0] if isinstance(self.projections[0][0], Stacks) else self.projections[0][0]
@@ -269,7 +283,7 @@ class Experts:
             None if self.down_bias is None else self._weight(self.down_bias),
             self.weight_on,
             out_of_range,
-            next(iter(self.dtypes)),
+            compute,
             out_dtype,
         )
 

@@ -37,6 +37,7 @@ from moecompile.recognize.roles import (
     Stack,
     Sum,
     SumRows,
+    holds,
 )
 
 aten = torch.ops.aten
@@ -72,11 +73,29 @@ class Loss:
     role: Role
 
 
+@dataclass
+class Copy:
+    """A tensor that was a copy of another, cast to `to` if not None, at these versions of the two storages."""
+
+    of: Tensor
+    to: torch.dtype | None
+    versions: tuple[int, int]
+
+
+def _storage(t: Tensor) -> int | None:
+    """The identity of t's memory; None for a tensor of a functorch transform, which has none."""
+    try:
+        return int(t.untyped_storage()._cdata)
+    except NotImplementedError:
+        return None
+
+
 class GenericSizes:
     """Plain ints for symbolic sizes: each symbol a large number with a prime of its own."""
 
     def __init__(self) -> None:
         self.symbols: dict[sympy.Symbol, int] = {}
+        self.values: set[int] = set()  # numbers that stand for a symbolic size
         self.primes = (p for p in itertools.count(100_003, 2) if sympy.isprime(p))
 
     def next(self) -> int:
@@ -84,7 +103,7 @@ class GenericSizes:
 
     def __call__(self, v: Any) -> Any:
         """v, or its value at the generic point if it is symbolic."""
-        if isinstance(v, torch.SymFloat):  # a constant of the model: its value, which a rewrite that relies on it pins down
+        if isinstance(v, torch.SymFloat):  # a constant of the model: its value, which RoleMode.pinned remembers
             return float(v.node.hint) if v.node.has_hint() else float("nan")
         if isinstance(v, (torch.SymInt, torch.SymBool)):
             expr = v.node.expr
@@ -92,7 +111,11 @@ class GenericSizes:
                 if s not in self.symbols:
                     self.symbols[s] = self.next()
             value = expr.subs(self.symbols)
-            return bool(value) if isinstance(v, torch.SymBool) else int(value)
+            if isinstance(v, torch.SymBool):
+                return bool(value)
+            if expr.free_symbols:
+                self.values.add(int(value))
+            return int(value)
         return v
 
 
@@ -117,14 +140,17 @@ class RoleMode(TorchDispatchMode):
         self.written_at: dict[int, set[object]] = {}  # step -> storages written at it
         self.group: dict[int, object] = {}  # storage here -> storage of Dynamo's example values, which know all aliases
         self.alive: list[Any] = []  # ids are unique only among living tensors
-        self.root: dict[object, Tensor] = {}  # storage -> the first tensor seen on it
-        self.copied: dict[int, tuple[Tensor, torch.dtype | None]] = {}  # id(copy) -> source of a dtype cast or plain copy
+        self.base: dict[int, Tensor] = {}  # id(tensor) -> what it is a view of, as far as gradients flow through
+        self.copies: dict[int, Copy] = {}  # id(copy) -> what it is a copy of
         self.node_of: dict[int, fx.Node] = {}  # id(tensor) -> the node that first returned it
         self.refs: dict[tuple[int, int], Ref] = {}
         self.losses: list[Loss] = []
         self.steps = 0
         self.current: fx.Node | None = None
-        self.symbolic = False  # the node being run has symbolic scalars among its arguments
+        self.symbolic = False  # the node being run has scalars without a value among its arguments
+        self.floats: list[torch.SymFloat] = []  # those that have one and may have another in another call
+        self.asked = False  # a rule has read such a value
+        self.pinned: list[torch.SymFloat] = []  # what roles rest on: a rewrite must guard it
         self.follow = True  # False where the graph switched gradients off or on
         self.orders = itertools.count(1)
         self.routings = itertools.count(1)
@@ -132,11 +158,8 @@ class RoleMode(TorchDispatchMode):
     # ------------------------------------------------------------ what rules ask
 
     def key(self, t: Tensor) -> object:
-        try:
-            storage = t.untyped_storage()._cdata
-        except NotImplementedError:  # a tensor of a functorch transform has none
-            return ("transformed", id(t))
-        return self.group.get(storage, storage)
+        storage = _storage(t)
+        return ("transformed", id(t)) if storage is None else self.group.get(storage, storage)
 
     def get(self, t: object) -> Role | None:
         """The role of a tensor, if it still holds."""
@@ -174,10 +197,18 @@ class RoleMode(TorchDispatchMode):
 
     def number(self, v: object) -> float | None:
         """A scalar argument that is a constant of the graph, not a symbolic size."""
-        return float(v) if isinstance(v, (int, float)) and not self.symbolic else None
+        if not isinstance(v, (int, float)) or self.symbolic:
+            return None
+        self.asked = bool(self.floats)
+        return float(v)
 
     def routing(self, t: Tensor, **facts: Any) -> Routing:
         return Routing(ids=self.ref(t), id=next(self.routings), **facts)
+
+    def copied(self, out: Tensor, x: Tensor, to: torch.dtype | None = None) -> None:
+        """Note that `out` is a copy of x, cast to `to`."""
+        if self.follow and id(out) not in self.copies:
+            self.copies[id(out)] = Copy(x, to, (self.version[self.key(x)], self.version[self.key(out)]))
 
     def stack(self, t: object, features: int) -> Stack | None:
         """t as E matrices (features = 2), E vectors (1) with a leading expert dimension, or without it a single one."""
@@ -186,19 +217,21 @@ class RoleMode(TorchDispatchMode):
         cast: torch.dtype | None = None
         source, offset, strides = t, t.storage_offset(), t.stride()
         while True:
-            root = self.root.get(self.key(source))
+            root = self.base.get(id(source))
             if root is None:
                 return None
             if self.node_of.get(id(root)) is not None and root.is_contiguous():
                 break
-            if id(root) not in self.copied:
+            copy = self.copies.get(id(root))
+            if copy is None or copy.versions != (self.version[self.key(copy.of)], self.version[self.key(root)]):
                 return None
-            before, to = self.copied[id(root)]
-            if before.stride() != root.stride() or before.shape != root.shape:
+            if copy.of.stride() != root.stride() or copy.of.shape != root.shape:
                 return None
-            cast = cast or to
-            offset += before.storage_offset() - root.storage_offset()
-            source = before
+            if cast is not None and not holds(root.dtype, copy.of.dtype):  # rounded, and cast again
+                return None
+            cast = cast or copy.to
+            offset += copy.of.storage_offset() - root.storage_offset()
+            source = copy.of
         ref = self.ref(root)
         assert ref is not None
         e = int(strides[0]) if t.dim() > features else None
@@ -236,14 +269,17 @@ class RoleMode(TorchDispatchMode):
             return out
         outs = list(out) if isinstance(out, (tuple, list)) else [out]
         for t in outs:
-            if isinstance(t, Tensor):
-                self.root.setdefault(self.key(t), t)
+            if isinstance(t, Tensor) and id(t) not in self.base:
+                self._descend(t, args, packet)
         found: list[Role | None] = [None]
+        self.asked = False
         for function in RULES.get(packet) or RULES.get(str(packet)) or ():
             said = function(self, out, *args, **kwargs)
             found = said if isinstance(said, list) else [said]
             if any(found):
                 break
+        if self.asked and any(found):
+            self.pinned += self.floats
         if not self.follow:  # integers carry no gradient: only they may cross a change of grad mode
             for role in found:
                 if isinstance(role, Sum) and self.current is not None:
@@ -265,6 +301,17 @@ class RoleMode(TorchDispatchMode):
             if isinstance(t, Tensor) and (role is not None or id(t) not in self.node_of or func._schema.is_mutable):
                 self.put(t, role)
         return out
+
+    def _descend(self, t: Tensor, args: Any, packet: object) -> None:
+        """Note what t is a view of. Where gradients do not flow from one to the other, t stands for itself."""
+        self.alive.append(t)
+        self.base[id(t)] = t
+        if self.follow and packet is not aten.detach:
+            storage = _storage(t)
+            for a in tree_leaves(args):
+                if isinstance(a, Tensor) and storage is not None and _storage(a) == storage:
+                    self.base[id(t)] = self.base.get(id(a), a)
+                    return
 
     def _lost(self, packet: Any, args: Any) -> None:
         for a in tree_leaves(args):

@@ -27,6 +27,14 @@ PairExpr = tuple[Any, ...]
 Tree = tuple[Any, ...]  # a router's expression: see rules/router.py
 
 
+def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Can every number of the one floating-point dtype be written in the other?"""
+    if not (wide.is_floating_point and narrow.is_floating_point):
+        return False
+    a, b = torch.finfo(wide), torch.finfo(narrow)
+    return bool(a.eps <= b.eps and a.max >= b.max and a.tiny <= b.tiny)
+
+
 @dataclass(eq=False)
 class Ref:
     """A value that a region reads: the node that holds it, and when it was read."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.utils._pytree import tree_leaves, tree_map
 
 from moecompile.ir.surgery import value_of
@@ -55,6 +56,12 @@ class Walk:
     def when(self, n: fx.Node) -> int:
         """The walk's position at n; for a node that was inserted since, after everything."""
         return self.step.get(n, len(self.nodes))
+
+    def pin(self) -> None:
+        """Guard the numbers that roles rest on: another value is another graph."""
+        for v in self.mode.pinned:
+            guard_scalar(v)
+        self.mode.pinned.clear()
 
     def writers(self, n: fx.Node, until: int) -> list[fx.Node]:
         """The nodes up to step `until` that write the storage n holds."""
@@ -100,11 +107,15 @@ def walk(gm: fx.GraphModule, sizes: GenericSizes | None = None) -> Walk:
     return result
 
 
+_CONTEXTS = {"_enter_autocast", "_exit_autocast", "_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode"}
+
+
 class _Runner:
     def __init__(self, result: Walk) -> None:
         self.result, self.mode, self.values = result, result.mode, result.values
         self.stand_in: dict[int, Tensor] = {}  # id(example value) -> its static double
         self.grad = torch.is_grad_enabled()
+        self.outer: list[bool] = []  # whether gradients were followed outside of each inference mode
 
     def static(self, v: Any) -> Any:
         """A contiguous double of a tensor with plain sizes; scalars at the generic point."""
@@ -114,7 +125,7 @@ class _Runner:
                 t = torch.empty(shape, dtype=v.dtype, device=v.device)
                 self.mode.put(t, None)  # not blank memory
                 self.mode.group[t.untyped_storage()._cdata] = ("example", v.untyped_storage()._cdata)
-                self.mode.root.setdefault(self.mode.key(t), t)
+                self.mode.base[id(t)] = t
                 self.stand_in[id(v)] = t
                 self.mode.alive.append(v)
             return self.stand_in[id(v)]
@@ -167,13 +178,15 @@ class _Runner:
             self.values[n] = mode.sizes(value)
             return
         name = getattr(n.target, "__name__", str(n.target))
-        if name in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled") or n.target is torch._C._set_grad_enabled:
+        if name in _CONTEXTS:
             self.context(n, name, entered)
             return
         if isinstance(n.target, torch._ops.HigherOrderOperator):
             self.opaque(n)
             return
-        mode.symbolic = any(isinstance(value_of(m), torch.SymInt) for m in n.all_input_nodes)
+        scalars = [value_of(m) for m in n.all_input_nodes]
+        mode.floats = [v for v in scalars if isinstance(v, torch.SymFloat) and v.node.has_hint()]
+        mode.symbolic = any(isinstance(v, (torch.SymInt, torch.SymFloat)) for v in scalars if not any(v is f for f in mode.floats))
         try:
             args, kwargs = fx.map_arg(n.args, self.value), fx.map_arg(n.kwargs, self.value)
             target = n.target if n.op == "call_function" else getattr(args[0], str(n.target))
@@ -205,6 +218,11 @@ class _Runner:
             if context in entered:
                 entered.remove(context)
                 torch.amp.autocast_mode._exit_autocast(context)
+        elif name == "_enter_inference_mode":
+            self.outer.append(self.mode.follow)
+            self.mode.follow = self.mode.follow and not (n.args[0] and self.grad)
+        elif name == "_exit_inference_mode":
+            self.mode.follow = self.outer.pop() if self.outer else True
         else:
             self.mode.follow = bool(n.args[0]) == self.grad
 
@@ -216,15 +234,15 @@ class _Runner:
 
     def opaque(self, n: fx.Node) -> None:
         """A higher-order op: its effects are unknown; its body, a child GraphModule, may hold layers of its own."""
-        pure = False
+        pure: list[bool] = []
         for body in (a for a in n.all_input_nodes if a.op == "get_attr"):
             child = _attribute(self.result.graph, str(body.target))
             if isinstance(child, fx.GraphModule):
                 found = _walk_child(child, self.mode.sizes)
                 holes = [found.values.get(p) for p in found.nodes if p.op == "placeholder"]
-                pure = not any(found.mode.key(t) in found.mode.written for t in tensors(holes))
+                pure.append(not any(found.mode.key(t) in found.mode.written for t in tensors(holes)))
                 self.result.children.append((n, str(body.target), found))
-        if not pure:
+        if not pure or not all(pure):
             self.distrust(n)
         self.hold_example(n)
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch._dynamo
 from torch._dynamo import convert_frame, eval_frame
 
+from moecompile.errors import Unsupported
+
 config = torch._dynamo.config
 log = logging.getLogger("moecompile.capture")
 SETTINGS = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
@@ -65,16 +67,13 @@ def _keeping_ctx(original: Callable[..., Any], ours: Callable[..., Any]) -> Call
 
 
 def _retrying(original: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    from torch._dynamo.exc import UserError
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-
     @functools.wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return original(self, *args, **kwargs)
         except Exception as e:
-            broken_by_us = config.capture_scalar_outputs and isinstance(e, (UserError, GuardOnDataDependentSymNode))
-            if not broken_by_us or not _is_ours(getattr(self, "_torchdynamo_orig_backend", None), ours):
+            meant = isinstance(getattr(e, "inner_exception", e), Unsupported)  # options={"fallback": "error"}
+            if meant or not config.capture_scalar_outputs or not _is_ours(getattr(self, "_torchdynamo_orig_backend", None), ours):
                 raise
             log.info("traced again without data-dependent capture: %s", str(e).splitlines()[0])
             off = config._make_closure_patcher(**dict.fromkeys(SETTINGS, False))()

@@ -43,6 +43,7 @@ class Base(nn.Module):
 
     tokens: ClassVar[int] = T
     sizes: ClassVar[tuple[int, int]] = (E, K)
+    rounds: ClassVar[bool] = False  # to a dtype narrower than its own
 
     def __init__(self) -> None:
         super().__init__()

@@ -204,7 +204,14 @@ def _scatter(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, sourc
             dims = (*at.dims[:-1], D.dim(("e", classes)))
             return DenseWeights(dims, weights.tree, at.routing, base.value)
         given = c.leaf(source) if not isinstance(weights, Chosen) and base.value == 0 else None
-        if given is not None and tuple(source.shape) == D.sizes(at.dims) and classes in (0, x.shape[-1]) and x.dim() == 2:
+        distinct = at.routing.choice is not None or at.routing.top_k == 1  # else one of two equal ids overwrites the other
+        if (
+            distinct
+            and given is not None
+            and tuple(source.shape) == D.sizes(at.dims)
+            and classes in (0, x.shape[-1])
+            and x.dim() == 2
+        ):
             return DenseWeights((*at.dims[:-1], D.dim(("e", x.shape[-1]))), None, at.routing, 0.0)
     return None
 

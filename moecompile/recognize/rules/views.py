@@ -16,6 +16,7 @@ from moecompile.recognize.roles import (
     DenseWeights,
     Full,
     Gathered,
+    GroupMask,
     Ids,
     Inverse,
     Iota,
@@ -32,9 +33,11 @@ from moecompile.recognize.roles import (
     Scores,
     SortedIds,
     Sum,
+    holds,
 )
 
 R = TypeVar("R", bound=Role)
+_INDICES = (torch.int64, torch.int32)
 _ORDERS = (Perm, Inverse, PairToken, PairSlot, Counts, Offsets, SortedIds, Iota)
 
 
@@ -137,7 +140,7 @@ def _repeat(c: RoleMode, out: Tensor, x: Tensor, times: list[int]) -> Role | Non
 
 @rule(aten.clone, aten.alias, aten.contiguous, aten.lift_fresh_copy)
 def _clone(c: RoleMode, out: Tensor, x: Tensor, **_: Any) -> Role | None:
-    c.copied.setdefault(id(out), (x, None))
+    c.copied(out, x)
     role = c.get(x) or c.leaf(x)
     return None if isinstance(role, Leaf) and "b" not in D.names(role.dims) else role
 
@@ -149,14 +152,21 @@ def _detach(c: RoleMode, out: Tensor, x: Tensor) -> Role | None:
     return role if isinstance(role, (*_ORDERS, Ids, Mask, OneHot, Full)) else None
 
 
+def _counts_to(dtype: torch.dtype) -> int:
+    """0, 1, .. up to this (and not beyond) are all numbers of the dtype."""
+    if dtype == torch.bool:
+        return 1
+    return int(2 / torch.finfo(dtype).eps) if dtype.is_floating_point else torch.iinfo(dtype).max
+
+
 @rule(aten._to_copy)
 def _to_copy(c: RoleMode, out: Tensor, x: Tensor, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Role | None:
     if device is not None and device != x.device:
         return None
     dtype = dtype or x.dtype
-    c.copied.setdefault(id(out), (x, dtype))
+    c.copied(out, x, dtype)
     role = c.get(x)
-    if role is None and x.dtype in (torch.int64, torch.int32) and not dtype.is_floating_point:
+    if role is None and x.dtype in _INDICES and dtype in _INDICES:
         return as_ids(c, x) if x.dim() == 2 else None
     role = role or c.leaf(x)
     floats = x.is_floating_point() and dtype.is_floating_point
@@ -168,17 +178,19 @@ def _to_copy(c: RoleMode, out: Tensor, x: Tensor, *, dtype: torch.dtype | None =
         return dataclasses.replace(role, expr=("cast", dtype, role.expr))
     if isinstance(role, Gathered) and floats and role.stack.cast in (None, dtype):
         return dataclasses.replace(role, stack=dataclasses.replace(role.stack, cast=dtype))
-    if isinstance(role, Sum) and floats:
+    if isinstance(role, Sum) and floats and holds(x.dtype, dtype):  # a wider dtype would keep what the sum's own rounded
         return dataclasses.replace(role, cast=dtype)
     if isinstance(role, Leaf) and floats and role.cast is None:
         return dataclasses.replace(role, cast=dtype)
-    if isinstance(role, (Mask, OneHot, Full, Counts)) or type(role).__name__ == "GroupMask":
+    if isinstance(role, (Mask, OneHot, GroupMask)):
         return role
-    if isinstance(role, Ids) and not dtype.is_floating_point:
+    if isinstance(role, Full) and role.value in (None, 0.0, 1.0):
         return role
-    if isinstance(role, (SortedIds, Ids)) and dtype in (torch.float32, torch.float64, torch.int32, torch.int64):
-        return role  # exact up to 2**24 experts; histc wants floats
-    if isinstance(role, (Perm, Inverse, PairToken, PairSlot, Offsets, Iota)) and not dtype.is_floating_point:
+    if isinstance(role, (SortedIds, Ids)) and _counts_to(dtype) >= (role.routing.num_classes or 2**24):
+        return role  # histc wants floats
+    if isinstance(role, Counts) and dtype in (*_INDICES, torch.float32, torch.float64):
+        return role
+    if isinstance(role, (Perm, Inverse, PairToken, PairSlot, Offsets, Iota)) and dtype in _INDICES:
         return role
     return None
 
