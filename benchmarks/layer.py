@@ -4,7 +4,7 @@
     python -m benchmarks.layer --layers olmoe --tokens 1 8 --seconds 5
     python -m benchmarks.layer --kernel-only              # moe.experts called directly, no compile
 
-The contenders share their weights and take turns in one process, in rotating order; figures are medians.  The floor of a cell is
+The contenders share their weights and take turns in one process, in random order; figures are medians.  The floor of a cell is
 measured in the same run: the time to read the bytes of the weights that are used (and, for gradients, as many as are written)
 or to multiply as many numbers with torch.mm of a good size in the same dtype, whichever is longer.
 """
@@ -17,6 +17,7 @@ import gc
 import json
 import pathlib
 import platform
+import random
 import statistics
 import sys
 import time
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 FORMS = ("eager", "grouped_mm", "batched_mm")
 MOST_GATHERED = 6e9  # bytes of weights that batched_mm may gather
+SLOW = 4.0  # times the quickest: a contender that is slower after the first rounds takes no part in the rest
 
 
 @dataclass(frozen=True)
@@ -151,15 +153,23 @@ def runner(module: nn.Module, x: Tensor, backward: bool) -> Callable[[], Tensor]
 
 
 def take_turns(runs: dict[str, Callable[[], Tensor]], seconds: float, least: int) -> dict[str, list[float]]:
-    """Seconds of each run, round by round in rotating order, for about `seconds` and at least `least` rounds."""
+    """Seconds of each run, round by round in random order, for about `seconds` and at least `least` rounds.
+
+    After `least` rounds, those that take over SLOW times as long as the quickest leave: what is near has more rounds so.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
-    names, start, rounds = list(runs), time.perf_counter(), 0
+    order, start, rounds = random.Random(0), time.perf_counter(), 0
+    names = list(runs)
     while rounds < least or time.perf_counter() - start < seconds:
-        for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
+        order.shuffle(names)
+        for name in names:
             begin = time.perf_counter()
             runs[name]()
             times[name].append(time.perf_counter() - begin)
         rounds += 1
+        if rounds == least:
+            quickest = min(map(statistics.median, times.values()))
+            names = [name for name in names if statistics.median(times[name]) <= SLOW * quickest]
     return times
 
 

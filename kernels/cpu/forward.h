@@ -20,7 +20,7 @@ constexpr int64_t GRAIN = 32;              // every chunk of columns is a multip
 // Columns of a task: enough for long runs in memory, few enough that all threads have work.
 static int64_t chunk(int64_t columns, int64_t others, int64_t threads, bool contiguous_k) {
   int64_t size = contiguous_k ? NT_COLUMNS / GRAIN * GRAIN : BLOCK_N;
-  while (size > 2 * GRAIN && (columns + size - 1) / size * others < 4 * threads) size = (size / 2 + GRAIN - 1) / GRAIN * GRAIN;
+  while (size > 2 * GRAIN && (columns + size - 1) / size * others < 12 * threads) size = (size / 2 + GRAIN - 1) / GRAIN * GRAIN;
   return size;
 }
 
@@ -159,6 +159,14 @@ static int experts_forward(const Call<P>& call) {
   }
   if (Status status = sorted.sort(call)) return status;
   const int64_t fc = chunk(F, std::max<int64_t>(sorted.hits, 1), call.threads, nt1), chunks = (F + fc - 1) / fc;
+  // Where the weights of a task begin.  A thread's next task is most likely the one as many further on as there are threads.
+  auto begin = [&](int64_t task) -> const E* {
+    if (task >= sorted.hits * chunks) return nullptr;
+    return matrix<E>(call.projection[0], sorted.hit[task / chunks]).at(task % chunks * fc).p;
+  };
+  auto begin_down = [&](int64_t o0) -> const E* {
+    return o0 < O ? matrix<E>(call.down, sorted.hit[0]).at(o0).p : nullptr;
+  };
 #pragma omp parallel num_threads(call.threads)
   {
     Workspace<E, P>& w = work[omp_get_thread_num()];
@@ -172,14 +180,17 @@ static int experts_forward(const Call<P>& call) {
           for (int64_t f = 0; f < n; f++) w.bias[i][f] = call.projection_bias[i].element(e, f0 + f);
       for (int64_t r0 = sorted.offset[e]; r0 < sorted.offset[e + 1]; r0 += ROWS) {
         const int64_t m = std::min(ROWS, sorted.offset[e + 1] - r0);
+        const bool last = r0 + m == sorted.offset[e + 1];
         w.rows.set(m, H, [&](int64_t i) {
           return call.weight_on == INPUT ? scaled + (r0 + i) * H : (const E*)call.x + sorted.pair[r0 + i] / K * call.x_stride;
         });
         if (call.merged) {
           multiply<E>(w.rows.p, m, merged<E, P>(call.projection, e).at(f0 * P), n * P, H, w.c[0], ld, false, w.gemm);
         } else {
-          for (int i = 0; i < P; i++)
-            multiply<E>(w.rows.p, m, matrix<E>(call.projection[i], e).at(f0), n, H, w.c[i], ld, false, w.gemm);
+          for (int i = 0; i < P; i++) {
+            const E* after = !last ? nullptr : i + 1 < P ? matrix<E>(call.projection[i + 1], e).at(f0).p : begin(task + call.threads);
+            multiply<E>(w.rows.p, m, matrix<E>(call.projection[i], e).at(f0), n, H, w.c[i], ld, false, w.gemm, after);
+          }
         }
         activate<E, P, Activation>(call, w, r0, m, f0, n, ld, act);
       }
@@ -195,7 +206,10 @@ static int experts_forward(const Call<P>& call) {
         for (int64_t r0 = sorted.offset[e]; r0 < sorted.offset[e + 1]; r0 += ROWS) {
           const int64_t m = std::min(ROWS, sorted.offset[e + 1] - r0);
           w.rows.set(m, F, [&](int64_t i) { return act + (r0 + i) * F; });
-          multiply<E>(w.rows.p, m, matrix<E>(call.down, e).at(o0), n, F, w.c[0], ld, false, w.gemm);
+          const E* after = r0 + m < sorted.offset[e + 1] ? nullptr
+                           : h + 1 < sorted.hits         ? matrix<E>(call.down, sorted.hit[h + 1]).at(o0).p
+                                                         : begin_down(o0 + call.threads * oc);
+          multiply<E>(w.rows.p, m, matrix<E>(call.down, e).at(o0), n, F, w.c[0], ld, false, w.gemm, after);
           for (int64_t i = 0; i < m; i++) {
             const int64_t pair = sorted.pair[r0 + i];
             const float scale = call.weight_on == OUTPUT ? call.weight(pair) : 1.0f;

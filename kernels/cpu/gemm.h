@@ -7,6 +7,7 @@
 // An element of C is summed in an order that depends on K and on the layout of B alone, not on m, n or the tile it falls in.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "vector.h"
 
@@ -17,7 +18,6 @@ constexpr int NT_M = 2, NT_N = 4, NN_M = 4, NN_V = 2;
 #endif
 constexpr int PANEL = NN_V * L;                    // columns of a packed panel
 constexpr int64_t BLOCK_K = 512, BLOCK_N = 256;    // of a packed block of B
-constexpr int64_t NT_BYTES = 4096;                 // of a row of A that nt_tile runs over: with its 6 rows of B, half of L1
 constexpr int64_t ROWS = 96;                       // rows of A that a caller should give at once: a multiple of NT_M and NN_M
 
 template <class E>
@@ -74,78 +74,111 @@ struct Arithmetic<bf16> {
 
 // ---- B contiguous in k
 
-template <class E, int M, int N>
-static __attribute__((noinline)) void nt_tile(const typename Arithmetic<E>::Row* const* rows, int64_t k0, const E* b, int64_t stride,
-                                              int64_t K, float* c, int64_t ldc, bool accumulate, const E* next) {
+// N rows of B where they lie, or, once a tile has read them, in a panel[k / STEP][N][STEP]: rows whose distance is a power of
+// two fall into the same few places of L1, and push each other out.
+template <class E, int N>
+struct Columns {
+  const E* p;
+  int64_t stride;
+  const E* next;                         // the same for the rows to fetch meanwhile, or null
+  typename Arithmetic<E>::Packed* panel; // room for the panel, or null
+};
+
+enum class From { MEMORY, MEMORY_TO_PANEL, PANEL };
+
+template <class E, int M, int N, From from>
+static __attribute__((noinline)) void nt_tile(const typename Arithmetic<E>::Row* const* rows, int64_t k0, const Columns<E, N>& b,
+                                              int64_t K, float* c, int64_t ldc, bool accumulate) {
   using A = Arithmetic<E>;
   const typename A::Row* a[M];
   V sum[M * N]{};
   for (int i = 0; i < M; i++) a[i] = rows[i] + k0;
-  int64_t k = 0;
-  auto steps = [&](auto ahead) __attribute__((always_inline)) {
-    for (; k + A::STEP <= K; k += A::STEP) {
-      typename A::Operand x[M];
-#pragma GCC unroll 8
-      for (int i = 0; i < M; i++) x[i] = A::row(a[i] + k);
-#pragma GCC unroll 8
-      for (int j = 0; j < N; j++) {
-        auto y = A::column(b + j * stride + k);
-        if (ahead()) prefetch(next + j * stride + k);
-#pragma GCC unroll 8
-        for (int i = 0; i < M; i++) A::add(sum[i * N + j], x[i], y);
-      }
-    }
-  };
-  if (next) steps([] { return true; });
-  else steps([] { return false; });
-  if (k < K) {
+  auto* panel = b.panel;
+  auto step = [&](int64_t k, auto row, auto column) __attribute__((always_inline)) {
     typename A::Operand x[M];
 #pragma GCC unroll 8
-    for (int i = 0; i < M; i++) x[i] = A::row(a[i] + k, K - k);
+    for (int i = 0; i < M; i++) x[i] = row(a[i] + k);
 #pragma GCC unroll 8
     for (int j = 0; j < N; j++) {
-      auto y = A::column(b + j * stride + k, K - k);
+      typename A::Operand y;
+      if constexpr (from == From::PANEL) y = A::packed(panel + j * A::STEP);
+      else y = column(b.p + j * b.stride + k);
+      if constexpr (from == From::MEMORY_TO_PANEL) std::memcpy(panel + j * A::STEP, &y, sizeof y);
 #pragma GCC unroll 8
       for (int i = 0; i < M; i++) A::add(sum[i * N + j], x[i], y);
     }
+    if constexpr (from != From::MEMORY) panel += N * A::STEP;
+  };
+  auto whole = [](const auto* p) __attribute__((always_inline)) { return A::row(p); };
+  auto whole_column = [](const E* p) __attribute__((always_inline)) { return A::column(p); };
+  int64_t k = 0;
+  if (from != From::PANEL && b.next) {
+    for (; k + A::STEP <= K; k += A::STEP) {
+#pragma GCC unroll 8
+      for (int j = 0; j < N; j++) prefetch(b.next + j * b.stride + k);
+      step(k, whole, whole_column);
+    }
+  } else {
+    for (; k + A::STEP <= K; k += A::STEP) step(k, whole, whole_column);
   }
+  if (k < K)
+    step(k, [&](const auto* p) __attribute__((always_inline)) { return A::row(p, K - k); },
+         [&](const E* p) __attribute__((always_inline)) { return A::column(p, K - k); });
   // The sums of the lanes, L tiles elements at a time, through a small array: rows of c start anywhere.
   float t[(M * N + L - 1) / L * L];
-  constexpr int whole = M * N / L * L, rest = M * N - whole;
+  constexpr int full = M * N / L * L, rest = M * N - full;
 #pragma GCC unroll 8
-  for (int i = 0; i < whole; i += L) store(t + i, sum_lanes<L>(sum + i));
+  for (int i = 0; i < full; i += L) store(t + i, sum_lanes<L>(sum + i));
   if constexpr (rest > 0) {
     constexpr int width = rest > 8 ? 16 : rest > 4 ? 8 : rest > 2 ? 4 : rest;
     V last[width]{};
 #pragma GCC unroll 16
-    for (int i = 0; i < rest; i++) last[i] = sum[whole + i];
-    store(t + whole, sum_lanes<width>(last));
+    for (int i = 0; i < rest; i++) last[i] = sum[full + i];
+    store(t + full, sum_lanes<width>(last));
   }
   for (int i = 0; i < M; i++)
     for (int j = 0; j < N; j++) c[i * ldc + j] = accumulate ? c[i * ldc + j] + t[i * N + j] : t[i * N + j];
 }
 
 template <class E, int N>
-static void nt_rows(const typename Arithmetic<E>::Row* const* rows, int64_t m, int64_t k0, const E* b, int64_t stride, int64_t K, float* c,
-                    int64_t ldc, bool accumulate, const E* next) {
+static void nt_rows(const typename Arithmetic<E>::Row* const* rows, int64_t m, int64_t k0, Columns<E, N> b, int64_t K, float* c,
+                    int64_t ldc, bool accumulate) {
   int64_t i = 0;
-  for (; i + NT_M <= m; i += NT_M, next = nullptr) nt_tile<E, NT_M, N>(rows + i, k0, b, stride, K, c + i * ldc, ldc, accumulate, next);
-  for (; i + 2 <= m; i += 2, next = nullptr) nt_tile<E, 2, N>(rows + i, k0, b, stride, K, c + i * ldc, ldc, accumulate, next);
-  if (i < m) nt_tile<E, 1, N>(rows + i, k0, b, stride, K, c + i * ldc, ldc, accumulate, next);
+  auto tiles = [&](auto height) __attribute__((always_inline)) {
+    constexpr int M = decltype(height)::value;
+    for (; i + M <= m; i += M, b.next = nullptr) {
+      if (!b.panel) nt_tile<E, M, N, From::MEMORY>(rows + i, k0, b, K, c + i * ldc, ldc, accumulate);
+      else if (i) nt_tile<E, M, N, From::PANEL>(rows + i, k0, b, K, c + i * ldc, ldc, accumulate);
+      else nt_tile<E, M, N, From::MEMORY_TO_PANEL>(rows + i, k0, b, K, c + i * ldc, ldc, accumulate);
+    }
+  };
+  tiles(std::integral_constant<int, NT_M>());
+  tiles(std::integral_constant<int, 2>());
+  tiles(std::integral_constant<int, 1>());
 }
 
+// Elements of k that nt_tile runs over: its rows of A and B then fill no more than L1.
+template <class E>
+constexpr int64_t nt_block() {
+  return std::is_same<E, float>::value ? 768 : 4096 / (int64_t)sizeof(typename Arithmetic<E>::Row);
+}
+
+// float32 rows of B go through a panel, which doubled the rate at 64 rows; of 16-bit rows twice as many lie in L1, and it gained nothing.
 template <class E>
 static void multiply_nt(const typename Arithmetic<E>::Row* const* rows, int64_t m, Matrix<E> b, int64_t n, int64_t K, float* c,
-                        int64_t ldc, bool accumulate) {
-  constexpr int64_t block = NT_BYTES / (int64_t)sizeof(typename Arithmetic<E>::Row);
+                        int64_t ldc, bool accumulate, char* scratch, const E* after) {
+  constexpr int64_t block = nt_block<E>();
+  auto* panel = std::is_same<E, float>::value && m > NT_M ? (typename Arithmetic<E>::Packed*)scratch : nullptr;
   for (int64_t k = 0; k < K; k += block, accumulate = true) {
     const int64_t kb = std::min(block, K - k);
     int64_t j = 0;
     const E* p = b.p + k;
-    for (; j + NT_N <= n; j += NT_N, p += NT_N * b.n)
-      nt_rows<E, NT_N>(rows, m, k, p, b.n, kb, c + j, ldc, accumulate, j + 2 * NT_N <= n ? p + NT_N * b.n : nullptr);
-    for (; j + 2 <= n; j += 2, p += 2 * b.n) nt_rows<E, 2>(rows, m, k, p, b.n, kb, c + j, ldc, accumulate, nullptr);
-    if (j < n) nt_rows<E, 1>(rows, m, k, p, b.n, kb, c + j, ldc, accumulate, nullptr);
+    for (; j + NT_N <= n; j += NT_N, p += NT_N * b.n) {
+      const E* next = j + 2 * NT_N <= n ? p + NT_N * b.n : k + kb < K ? b.p + k + kb : after;
+      nt_rows<E, NT_N>(rows, m, k, {p, b.n, next, panel}, kb, c + j, ldc, accumulate);
+    }
+    for (; j + 2 <= n; j += 2, p += 2 * b.n) nt_rows<E, 2>(rows, m, k, {p, b.n, nullptr, nullptr}, kb, c + j, ldc, accumulate);
+    if (j < n) nt_rows<E, 1>(rows, m, k, {p, b.n, nullptr, nullptr}, kb, c + j, ldc, accumulate);
   }
 }
 
@@ -322,10 +355,10 @@ static void multiply_rows(const typename Arithmetic<E>::Row* const* rows, int64_
   }
 }
 
-// C[m, 0..n) (+)= A[m, 0..K) . B[0..n, 0..K)
+// C[m, 0..n) (+)= A[m, 0..K) . B[0..n, 0..K).  `after`: where the B of the same strides begins that will be wanted next, or null.
 template <class E>
 static void multiply(const typename Arithmetic<E>::Row* const* rows, int64_t m, Matrix<E> b, int64_t n, int64_t K, float* c,
-                     int64_t ldc, bool accumulate, char* scratch) {
-  if (b.k == 1) multiply_nt<E>(rows, m, b, n, K, c, ldc, accumulate);
+                     int64_t ldc, bool accumulate, char* scratch, const E* after = nullptr) {
+  if (b.k == 1) multiply_nt<E>(rows, m, b, n, K, c, ldc, accumulate, scratch, after);
   else multiply_nn<E>(rows, m, b, n, K, c, ldc, accumulate, scratch);
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -98,8 +98,8 @@ class ExpertsKernel:
         self.spec = spec
         self.saved_columns = len(spec.projections) * spec.intermediate
         library = build_cpp.load(cpu_source.source(spec), target)
-        self._forward: Callable[[Any], int] = library.forward
-        self._backward: Callable[[Any], int] = library.backward
+        self._forward = build_cpp.entry(library, "forward")
+        self._backward = build_cpp.entry(library, "backward")
         merged = cpu_source.interleaved(spec)
         self._merged = merged != 0
         order = -1 if merged < 0 else 1
@@ -118,7 +118,7 @@ class ExpertsKernel:
         kept: list[Any] = []
         head = self._head(x, weights, ids, out, _DTYPES[s.out_dtype], saved)
         call = [*head, *self._addresses(params, kept), *self._no_gradients]
-        self._check(self._forward((ctypes.c_int64 * len(call))(*call)), ids)
+        self._check(self._forward(call), ids)
         return out
 
     def run_backward(
@@ -145,7 +145,7 @@ class ExpertsKernel:
         for view in self._views:
             call += self._gradient_address(view, gradients, kept)
         if T:
-            self._check(self._backward((ctypes.c_int64 * len(call))(*call)), ids)
+            self._check(self._backward(call), ids)
         elif dw is not None:
             dw.zero_()
         empty = x.new_empty(0)
@@ -157,7 +157,8 @@ class ExpertsKernel:
         return (0,) * (3 + 7 * len(self._views))
 
     def _rows(self, x: Tensor) -> Tensor:
-        x = x.to(self.spec.dtype)
+        if x.dtype is not self.spec.dtype:
+            x = x.to(self.spec.dtype)
         return x if x.stride(1) == 1 else x.contiguous()
 
     def _head(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +25,10 @@ _SOURCE = """\
 // router: from scores to ids and weights
 #include "router.h"
 
-extern "C" __attribute__((visibility("default"))) void run(const RouterCall* call) { route(*call); }
+extern "C" __attribute__((visibility("default"))) int run(const RouterCall* call) {
+  route(*call);
+  return 0;
+}
 """
 
 
@@ -72,7 +74,7 @@ class Router:
 
     def __init__(self, spec: RouterSpec) -> None:
         self.spec = spec
-        self._run: Callable[[Any], None] = build_cpp.load(_SOURCE).run
+        self._run = build_cpp.entry(build_cpp.load(_SOURCE), "run")
         g = spec.groups
         self._groups = (g.count, g.top_k, g.score == "top2", _bits(g.fill)) if g else (0, 0, 0, 0)
         self._weights_from = ("score", "choice", "logits").index(spec.weights_from)
@@ -100,7 +102,7 @@ class Router:
             *(self._weights_from, ctypes.addressof(self._steps), len(s.post)),
             *(weights.data_ptr(), _DTYPES[weights.dtype], ids.data_ptr()),
         )
-        self._run((ctypes.c_int64 * len(call))(*call))
+        self._run(call)
         return weights, ids
 
     def _same_top_k(self) -> bool:

@@ -61,9 +61,9 @@ def experts(spec: ExpertsSpec, x: Tensor, weights: Tensor | None, ids: Tensor, p
 
 def scores(spec: RouterSpec, logits: Tensor) -> Tensor:
     """[T,E] -> [T,E] in score_dtype."""
-    z = logits.to(spec.score_dtype)
     if spec.score == "softmax":
-        return torch.softmax(z, -1)
+        return torch.softmax(logits, -1, dtype=spec.score_dtype)
+    z = logits.to(spec.score_dtype)
     if spec.score == "sigmoid":
         return torch.sigmoid(z)
     if spec.score == "sqrtsoftplus":
