@@ -26,7 +26,7 @@ from moecompile.config import Settings
 from moecompile.errors import Unsupported
 from moecompile.ir import ops, surgery
 from moecompile.passes import Context, pipeline
-from moecompile.runtime import capture, fallback
+from moecompile.runtime import capture, fallback, kept_memory
 
 log = logging.getLogger("moecompile.backend")
 
@@ -124,6 +124,7 @@ def reset() -> None:
     """Called by torch._dynamo.reset()."""
     report.reset()
     fallback.reset()
+    kept_memory.release()
 
 
 moe.reset = reset  # type: ignore[attr-defined]

@@ -8,20 +8,6 @@
 // Every element of every gradient that a view covers is written once; sums are float32, in one order.
 #pragma once
 #include "forward.h"
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
-// Asks for huge pages before the first write to a large new tensor: zeroing 4 KB pages one by one took longer than all else.
-static void expect_writes(const View& v, int64_t E, int64_t n, int64_t k, int64_t size) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 2 << 20;
-  if (!v.base) return;
-  const uintptr_t begin = (uintptr_t)v.base + v.start * size, end = begin + ((E - 1) * v.e + (n - 1) * v.n + (k - 1) * v.k + 1) * size;
-  const uintptr_t from = (begin + page - 1) / page * page, to = end / page * page;
-  if (from < to) madvise((void*)from, to - from, MADV_HUGEPAGE);
-#endif
-}
 
 // n values of c to E, past the caches where they are large and aligned.
 template <class E>
@@ -278,8 +264,6 @@ struct Backward {
       for (auto& w : work) w.take(arena2, std::max({H, F * P, O}), want_input ? T * padded(hc) : 0, most);
       if (pass == 0 && !arena2.allocate()) return NO_MEMORY;
     }
-    for (int p = 0; p < P; p++) expect_writes(call.d_projection[p], call.E, F, H, sizeof(E));
-    expect_writes(call.d_down, call.E, O, F, sizeof(E));
     const int64_t fc = chunk(F, std::max<int64_t>(sorted.hits, 1), call.threads, nt2), chunks = (F + fc - 1) / fc;
     int64_t tasks[P + 2] = {0};  // of each weight matrix, summed
     for (int p = 0; p <= P; p++) tasks[p + 1] = tasks[p] + (weight_rows(p) + ROWS - 1) / ROWS;

@@ -1,6 +1,7 @@
 // What a call of an expert kernel is given, and the sorting of its pairs.  Every member is 64 bits wide: the caller fills an
 // array of integers in this order.
 #pragma once
+#include <atomic>
 #include <cstdlib>
 
 #include "vector.h"
@@ -62,32 +63,54 @@ struct Call {
   }
 };
 
-// Memory of one call, in pieces aligned to cache lines; freed with the object.
+// Memory of one call, in pieces aligned to cache lines.  One block between KEEP and MOST bytes outlives its call and serves the next:
+// given back to the system, it would be paged in again.
 class Arena {
  public:
+  static constexpr int64_t KEEP = 1 << 20, MOST = 1 << 28;
+
   Arena() = default;
   Arena(const Arena&) = delete;
-  ~Arena() { std::free(memory); }
+  ~Arena() {
+    if (block && block->size >= KEEP && block->size <= MOST) block = kept().exchange(block);
+    std::free(block);
+  }
   // First pass: sizes only.  allocate(), then the same requests again give addresses.
   template <class T>
   T* take(int64_t count) {
-    char* at = memory ? memory + used : nullptr;
+    char* at = block ? (char*)block + used : nullptr;
     used += (count * (int64_t)sizeof(T) + 127) / 64 * 64;
     return (T*)at;
   }
   bool allocate() {
     const int64_t size = used + 64;
-    memory = (char*)std::aligned_alloc(64, size);
+    if (size >= KEEP) block = kept().exchange(nullptr);
+    if (block && block->size < size) {
+      std::free(block);
+      block = nullptr;
+    }
+    if (!block) {
+      block = (Block*)std::aligned_alloc(64, size);
+      if (!block) return false;
+      block->size = size;
+    }
 #if defined(MOE_POISON)
-    if (memory) std::memset(memory, 0xff, size);  // NaN in every dtype: tests see what was read before it was written
+    std::memset((char*)block + 64, 0xff, size - 64);  // NaN in every dtype: tests see what was read before it was written
 #endif
-    used = 0;
-    return memory != nullptr;
+    used = 64;
+    return true;
   }
 
  private:
-  char* memory = nullptr;
-  int64_t used = 0;
+  struct Block {
+    int64_t size;  // of all of it: what is handed out begins at 64 bytes
+  };
+  static std::atomic<Block*>& kept() {
+    static std::atomic<Block*> block{nullptr};
+    return block;
+  }
+  Block* block = nullptr;
+  int64_t used = 64;
 };
 
 // Pairs in the order of their experts; within an expert in token order.

@@ -14,7 +14,7 @@ from moecompile.codegen import build_cpp, cpu_router, cpu_source
 from moecompile.codegen.cpu_router import prepare_router, supports_router
 from moecompile.ir.ops import PlainRouter
 from moecompile.ir.spec import ExpertsSpec, OutOfRange, Weight, WeightOn, experts_from_text
-from moecompile.runtime import layout
+from moecompile.runtime import kept_memory, layout
 
 __all__ = ["CpuImplementation", "prepare_experts", "prepare_router", "supports_experts", "supports_router"]
 
@@ -214,7 +214,7 @@ class ExpertsKernel:
     def _gradient(self, p: Tensor, position: int, T: int) -> Tensor:
         dtype = p.dtype if position not in self._matrix_params and p.dtype in _DTYPES else self.spec.dtype
         whole = self._covered[position] == p.numel() and T > 0
-        return (torch.empty if whole else torch.zeros)(p.shape, dtype=dtype)
+        return kept_memory.empty(p.shape, dtype) if whole else torch.zeros(p.shape, dtype=dtype)
 
     def _gradient_address(self, w: Weight | None, gradients: list[Tensor | None], kept: list[Any]) -> tuple[int, ...]:
         if w is None:
