@@ -33,6 +33,7 @@ from torch import Tensor, nn
 FORMS = ("eager", "grouped_mm", "batched_mm")
 MOST_GATHERED = 6e9  # bytes of weights that batched_mm may gather
 SLOW = 4.0  # times the quickest: a contender that is slower after the first rounds takes no part in the rest
+HOPELESS = 20.0  # likewise, after the first round
 
 
 @dataclass(frozen=True)
@@ -152,24 +153,29 @@ def runner(module: nn.Module, x: Tensor, backward: bool) -> Callable[[], Tensor]
     return both
 
 
-def take_turns(runs: dict[str, Callable[[], Tensor]], seconds: float, least: int) -> dict[str, list[float]]:
-    """Seconds of each run, round by round in random order, for about `seconds` and at least `least` rounds.
+def take_turns(
+    runs: dict[str, Callable[[], Tensor]], floors: dict[str, Callable[[], Tensor]], seconds: float, least: int
+) -> dict[str, list[float]]:
+    """Seconds of each run and floor, round by round in random order, for about `seconds` and at least `least` rounds.
 
-    After `least` rounds, those that take over SLOW times as long as the quickest leave: what is near has more rounds so.
+    After `least` rounds, runs that take over SLOW times as long as the quickest leave: what is near has more rounds so.  Runs
+    that take over HOPELESS times as long leave after the first.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    all_of_them = {**runs, **floors}
+    times: dict[str, list[float]] = {name: [] for name in all_of_them}
     order, start, rounds = random.Random(0), time.perf_counter(), 0
-    names = list(runs)
+    names = list(all_of_them)
     while rounds < least or time.perf_counter() - start < seconds:
         order.shuffle(names)
         for name in names:
             begin = time.perf_counter()
-            runs[name]()
+            all_of_them[name]()
             times[name].append(time.perf_counter() - begin)
         rounds += 1
-        if rounds == least:
-            quickest = min(map(statistics.median, times.values()))
-            names = [name for name in names if statistics.median(times[name]) <= SLOW * quickest]
+        if rounds in (1, least):
+            typical = {name: statistics.median(times[name]) for name in runs}
+            most = min(typical.values()) * (SLOW if rounds == least else HOPELESS)
+            names = [name for name in names if typical.get(name, 0.0) <= most]
     return times
 
 
@@ -203,7 +209,7 @@ def measure(
     cell["difference"] = {n: float((r.double() - oracle).abs().max() / oracle.abs().max()) for n, r in results.items()}
     results.clear()
     floors = floor_runs(layer)
-    every = take_turns({**runs, **{n: run for n, (run, _) in floors.items()}}, args.seconds, args.rounds)
+    every = take_turns(runs, {n: run for n, (run, _) in floors.items()}, args.seconds, args.rounds)
     rate = {n: work / statistics.median(every[n]) for n, (_, work) in floors.items()}
     cell["median_s"] = {n: statistics.median(every[n]) for n in runs}
     cell["best_s"] = {n: min(every[n]) for n in runs}
