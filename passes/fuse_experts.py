@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 
 import torch
 from torch import fx
@@ -82,13 +83,18 @@ class _Replacement:
         for ref in reads:
             self.check_unwritten(ref)
         self.check_aliases()
-        inputs = [self.node(r) for r in reads]
-        nodes = surgery.slice_of(end.node, set(inputs), lambda n: self.walk.writers(n, end.step))
+        inputs = {m for r in reads for m in self.holding(r)}
+        nodes = surgery.slice_of(end.node, inputs, lambda n: self.walk.writers(n, end.step))
         self.check_observed(nodes)
         region = self.cut_out(nodes, reads, weights)
         self.insert(weights, region)
         candidates = surgery.with_size_queries(nodes, self.walk.nodes)
-        surgery.erase(self.graph, candidates, self.walk.sharers, self.walk.step)
+        surgery.erase(self.graph, candidates, self.sharers, self.walk.step)
+
+    def sharers(self, n: fx.Node) -> list[fx.Node]:
+        """What still holds a storage that n writes: views made of the finished output are now views of the op's."""
+        moved = self.walk.on_storage.get(self.mode.key(self.end.tensor), [])
+        return [m for m in self.walk.sharers(n) if not (m in moved and self.walk.when(m) > self.end.step)]
 
     # ------------------------------------------------------------ checks
 
@@ -103,7 +109,8 @@ class _Replacement:
             held = self.mode.get(w.base)
             if not isinstance(held, (Chosen, DenseWeights)) or held.tree != w.tree or not D.in_pair_order(held.dims):
                 raise Unsupported("the routing weights are overwritten, or not laid out by token and slot")
-            if w.dense and (len(held.dims) != 2 or "e" in D.names(held.dims[:1])):
+            by_token = D.names(held.dims[:-1]) <= {"t"} and D.names(held.dims[-1:]) <= {"e"}
+            if w.dense and not by_token and not self.by_expert(held):
                 raise Unsupported("the dense routing weights are not laid out by token and expert")
         return ref
 
@@ -133,6 +140,12 @@ class _Replacement:
                 if made_before and (n.op == "placeholder" or any(self.walk.when(u) > self.end.step for u in n.users)):
                     raise Unsupported(f"{n.name}, a view of the layer's output made before it was complete, is used later")
 
+    def holding(self, ref: Ref) -> list[fx.Node]:
+        """The nodes that hold a live-in's value as the layer reads it: after the last write, the first holder too."""
+        written = [s for s in self.mode.written.get(ref.storage, []) if s <= self.end.step]
+        found = [n for n in self.walk.holders.get(id(ref.tensor), []) if self.walk.step[n] >= max(written, default=-1)]
+        return [self.node(ref), *found]
+
     def node(self, ref: Ref) -> fx.Node:
         """The node that holds a live-in now: it may have been another layer's output."""
         return self.walk.replaced.get(ref.node, ref.node)
@@ -147,9 +160,11 @@ class _Replacement:
         sizes = [n for n in self.walk.nodes if n.op == "placeholder" and self.is_size(n) and any(u in nodes for u in n.users)]
         returned = self.walk.holders[id(self.end.tensor)][0]
         original: fx.GraphModule | None = None
-        if len(set(given)) == len(given):
+        if len(set(given)) == len(given) and not (layer.weights is not None and layer.weights.dense):
+            shapes = {n: surgery.value_of(n).shape for n in given[: 2 + len(weighted)]}
+            same = {m: self.node(r) for r in reads for m in self.holding(r)}
             with contextlib.suppress(KeyError):  # reads something else: the reference stands in for it
-                original = surgery.cut(self.gm, nodes, [*given, *sizes], self.end.node, returned)
+                original = surgery.cut(self.gm, nodes, [*given, *sizes], self.end.node, returned, same, shapes)
         self.sizes = sizes if original is not None else []
         told = original.code if original is not None else f"{self.end.node.name}"
         name = hashlib.sha256((told + self.spec.text()).encode()).hexdigest()[:16]
@@ -174,16 +189,38 @@ class _Replacement:
                 torch.ops.moe.experts.default,
                 (x, w, ids, params, self.sizes, self.spec.text(), region),
             )
-        new.meta.update(like.meta)
+            shaped = self.shaped(new, like)
         if "stack_trace" in self.end.node.meta:
-            new.meta["stack_trace"] = self.end.node.meta["stack_trace"]
+            new.meta["stack_trace"] = shaped.meta["stack_trace"] = self.end.node.meta["stack_trace"]
         for holder in self.walk.holders[id(self.end.tensor)]:
-            self.walk.replaced[holder] = new
+            self.walk.replaced[holder] = shaped
             for user in list(holder.users):
-                if self.walk.when(user) > self.end.step and user is not new:
-                    user.replace_input_with(holder, new)
+                if self.walk.when(user) > self.end.step and user is not new and user is not shaped:
+                    user.replace_input_with(holder, shaped)
         self.entry.node, self.entry.op, self.entry.region = new.name, new, region
         self.entry.kernel = self.context.kernel(self.end.tensor.device)
+
+    def shaped(self, new: fx.Node, like: fx.Node) -> fx.Node:
+        """The op's result [T,H] in the shape of the output it replaces."""
+        value, key = surgery.value_of(like), surgery.key_of(like)
+        new.meta.update(like.meta)
+        if value.dim() == 2:
+            return new
+        with value.fake_mode, torch.no_grad():
+            new.meta[key] = value.new_empty((math.prod(value.shape[:-1]), value.shape[-1]))
+        sizes = [self.size(s) for s in value.shape]
+        if sum(s is None for s in sizes) > 1:
+            raise Unsupported("the output has two dimensions of unknown size")
+        node = self.graph.call_method("reshape", (new, *(-1 if s is None else s for s in sizes)))
+        node.meta.update(like.meta)
+        return node
+
+    def size(self, s: int | torch.SymInt) -> int | fx.Node | None:
+        """A size, or the input of the graph that holds it."""
+        if isinstance(s, int):
+            return s
+        held = [n for n in self.walk.nodes if n.op == "placeholder" and self.is_size(n)]
+        return next((n for n in held if surgery.value_of(n).node.expr == s.node.expr), None)
 
     def unshared(self, ref: Ref) -> fx.Node:
         """The node, or a copy of it where the value is overwritten later and the op's backward would still need it."""
@@ -208,11 +245,17 @@ class _Replacement:
         assert self.layer.weights is not None
         n = self.unshared(weights)
         if self.layer.weights.dense:
+            if self.by_expert(self.mode.get(self.layer.weights.base)):
+                n = surgery.call(self.graph, "t", (n,), self.end.node)
             return surgery.call(self.graph, "gather", (self.flat(n, None), 1, ids), self.end.node)
         value, k = surgery.value_of(n), self.spec.top_k
         if value.dim() >= 2 and isinstance(value.shape[-1], int) and value.shape[-1] == k:
             return self.flat(n, None, k)
         return surgery.call(self.graph, "reshape", (n, -1, k), self.end.node)
+
+    def by_expert(self, role: object) -> bool:
+        """Dense weights [E,T]."""
+        return isinstance(role, DenseWeights) and [D.names((d,)) for d in role.dims] in ([{"e"}, {"t"}], [{"e"}, set()])
 
     def param(self, ref: Ref, cast: torch.dtype | None) -> fx.Node:
         return self.node(ref) if cast is None else surgery.call(self.graph, "to", (self.node(ref), cast), self.end.node)

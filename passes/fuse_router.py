@@ -20,7 +20,7 @@ from moecompile.ir import surgery
 from moecompile.ir.spec import RouterSpec
 from moecompile.passes import Context, Entry, Phase, graph_pass
 from moecompile.recognize import dims as D
-from moecompile.recognize.roles import Chosen, Ids
+from moecompile.recognize.roles import Chosen, DenseWeights, Ids
 from moecompile.recognize.routing import Router, router_of
 from moecompile.recognize.walk import Walk, walk
 
@@ -76,6 +76,7 @@ class _Rewrite:
     def __init__(self, gm: fx.GraphModule, found: Walk, router: Router, w: Chosen, i: Ids) -> None:
         self.gm, self.walk, self.mode, self.router = gm, found, found.mode, router
         self.weights, self.ids = w.base, i.routing.ids.tensor  # type: ignore[union-attr]
+        self.role = w
 
     def do(self) -> RouterSpec:
         walked, router = self.walk, self.router
@@ -96,9 +97,11 @@ class _Rewrite:
         for result in results:
             nodes |= surgery.slice_of(result, inputs, lambda n: walked.writers(n, at))
         self.check_layout()
-        self.check(surgery.with_size_queries(nodes, walked.nodes), at)
-        self.insert(start, at)
-        surgery.erase(self.gm.graph, surgery.with_size_queries(nodes, walked.nodes), walked.sharers, walked.step)
+        nodes = surgery.with_size_queries(nodes, walked.nodes)
+        dense = [t for t in self.dense(nodes) if self.leaves(t, nodes)]
+        self.check(nodes, at, dense)
+        self.insert(start, at, dense, nodes)
+        surgery.erase(self.gm.graph, nodes, walked.sharers, walked.step)
         return router.spec
 
     def check_layout(self) -> None:
@@ -106,22 +109,49 @@ class _Rewrite:
         in_order = w is None or D.in_pair_order(w.dims)
         need(in_order, "the routing weights are not laid out by token and slot")
 
-    def check(self, nodes: set[fx.Node], at: int) -> None:
+    def dense(self, nodes: set[fx.Node]) -> list[Tensor]:
+        """The weights by token and expert, where they leave the router: they are scattered again from those of the op."""
+        found: dict[int, Tensor] = {}
+        for n in nodes:
+            t = self.walk.values.get(n)
+            role = self.mode.get(t)
+            if not isinstance(t, Tensor) or not isinstance(role, DenseWeights) or role.fill != 0:
+                continue
+            plain = [D.names((d,)) for d in role.dims] in ([{"t"}, {"e"}], [{"e"}, {"t"}])
+            untouched = not any(s > self.walk.step[n] for s in self.mode.written.get(self.mode.key(t), []))
+            mine = role.routing is self.role.routing and role.tree == self.role.tree
+            if plain and untouched and mine and t.dtype == self.weights.dtype:
+                found[id(t)] = t
+        return list(found.values())
+
+    def leaves(self, t: Tensor, nodes: set[fx.Node]) -> list[fx.Node]:
+        """What reads t outside of the router."""
+        return [u for h in self.walk.holders.get(id(t), []) for u in h.users if u not in nodes]
+
+    def check(self, nodes: set[fx.Node], at: int, dense: list[Tensor]) -> None:
         """The original choice must die: two of them need not agree on ties."""
         ids = self.ids
         written = [s for s in self.mode.written.get(self.mode.key(ids), []) if s <= at]
         need(not written, "the chosen ids are overwritten")
+        stays: set[fx.Node] = set()
+        todo = []
         for n in nodes:
             value = self.walk.values.get(n)
-            results = [t for t in (value if isinstance(value, (tuple, list)) else [value]) if isinstance(t, Tensor)]
-            if not any(t is ids for t in results):
+            if value is ids or any(value is t for t in dense):
                 continue
-            for m in (h for t in results if t is not ids for h in self.walk.holders.get(id(t), [])):
-                replaced = self.walk.values.get(m) is self.weights
-                outside = [u for u in m.users if u not in nodes and not (replaced and self.walk.when(u) > at)]
-                need(not outside, f"{m.name}, a value inside the router, is used elsewhere too")
+            if any(u not in nodes and not (value is self.weights and self.walk.when(u) > at) for u in n.users):
+                todo.append((n, n))
+        while todo:
+            n, seen = todo.pop()
+            value = self.walk.values.get(n)
+            if n in stays or n not in nodes or value is ids:
+                continue
+            stays.add(n)
+            choice = isinstance(value, (tuple, list)) and any(t is ids for t in value)
+            need(not choice, f"{seen.name}, a value inside the router, is used elsewhere too")
+            todo += [(m, seen) for m in (*n.all_input_nodes, *self.walk.writers(n, at))]
 
-    def insert(self, start: int, at: int) -> None:
+    def insert(self, start: int, at: int, dense: list[Tensor], nodes: set[fx.Node]) -> None:
         router, graph = self.router, self.gm.graph
         bias = router.bias.node if router.bias is not None else None
         anchor = self.walk.nodes[start]
@@ -130,11 +160,30 @@ class _Rewrite:
             route = surgery.call(graph, torch.ops.moe.route.default, args, anchor)
             results = [surgery.call_getitem(graph, route, i, anchor) for i in range(2)]
             weights, ids = (self.shaped(n, t, anchor) for n, t in zip(results, (self.weights, self.ids), strict=True))
+            scattered = [self.scattered(t, results[0], results[1], anchor) for t in dense]
+        for t, new in zip(dense, scattered, strict=True):
+            for user in self.leaves(t, nodes):
+                for holder in self.walk.holders[id(t)]:
+                    user.replace_input_with(holder, new)
         for tensor, new, since in ((self.weights, weights, at), (self.ids, ids, -1)):
             for holder in self.walk.holders[id(tensor)]:
                 for user in list(holder.users):
                     if self.walk.when(user) > since:
                         user.replace_input_with(holder, new)
+
+    def scattered(self, like: Tensor, weights: fx.Node, ids: fx.Node, anchor: fx.Node) -> fx.Node:
+        """weights and ids [.., K] as dense weights [T,E] or [E,T], 0 where an expert was not chosen."""
+        graph = self.gm.graph
+        zeros = surgery.call(graph, torch.zeros_like, (self.router.logits.node,), anchor)
+        if self.router.logits.tensor.dtype != like.dtype:
+            zeros = surgery.call(graph, "to", (zeros, like.dtype), anchor)
+        n = surgery.call(graph, "scatter", (zeros, -1, ids, weights), anchor)
+        if self.router.logits.tensor.dim() > 2:
+            n = surgery.call(graph, "flatten", (n, 0, -2), anchor)
+        role = self.mode.get(like)
+        if role is not None and D.names(role.dims[:1]) == {"e"}:
+            n = surgery.call(graph, "t", (n,), anchor)
+        return surgery.call(graph, "contiguous", (n,), anchor) if like.is_contiguous() else n
 
     def shaped(self, n: fx.Node, like: Tensor, anchor: fx.Node) -> fx.Node:
         """n [.., K], a result of moe.route, as the tensor it replaces was laid out."""

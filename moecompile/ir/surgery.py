@@ -6,7 +6,7 @@ A Dynamo graph has in-place nodes without users: `eliminate_dead_code` would del
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,19 +108,37 @@ def erase(
     return len(dead)
 
 
-def cut(gm: fx.GraphModule, nodes: set[fx.Node], inputs: list[fx.Node], output: fx.Node, returned: fx.Node) -> fx.GraphModule:
-    """The given nodes, in graph order, as a module of `inputs` that returns `returned` as it is after `output`.
+def cut(
+    gm: fx.GraphModule,
+    nodes: set[fx.Node],
+    inputs: list[fx.Node],
+    output: fx.Node,
+    returned: fx.Node,
+    same: Mapping[fx.Node, fx.Node],
+    shapes: Mapping[fx.Node, Sequence[int | torch.SymInt]],
+) -> fx.GraphModule:
+    """The given nodes, in graph order, as a module of `inputs` that returns `returned` [rows, features] as it is after `output`.
 
-    KeyError where a node reads something that is neither among `nodes` nor `inputs`.
+    same      other nodes that hold the value of an input
+    shapes    what the nodes expect of an input that is given as [rows, last dimension]
+    KeyError where a node reads something that is neither among `nodes` nor `inputs`, or expects two unknown sizes.
     """
     graph = fx.Graph()
     here: dict[fx.Node, fx.Node] = {n: graph.placeholder(n.name) for n in inputs}
+    for n, shape in shapes.items():
+        sizes = [int(s) if isinstance(s, int) else -1 for s in shape]
+        if len(sizes) != 2:
+            if sizes.count(-1) > 1:
+                raise KeyError(n)
+            here[n] = graph.call_method("reshape", (here[n], *sizes))
+    here.update({m: here[n] for m, n in same.items()})
     for n in gm.graph.nodes:
         if n in nodes and n not in here:
             here[n] = graph.node_copy(n, here.__getitem__)
         if n is output:
             break
-    graph.output(here[returned])
+    result = here[returned]
+    graph.output(result if value_of(returned).dim() == 2 else graph.call_method("flatten", (result, 0, -2)))
     return fx.GraphModule(gm, graph)
 
 

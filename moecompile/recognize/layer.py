@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from moecompile.errors import Unsupported, need
 from moecompile.ir import expr as X
 from moecompile.ir.spec import MoESpec, OutOfRange, WeightOn
+from moecompile.ir.surgery import value_of
 from moecompile.recognize import dims as D
 from moecompile.recognize.mlp import Experts, merge
 from moecompile.recognize.roles import (
     DENSE_SPACE,
     TOKEN_SPACE,
+    PairExpr,
     Ref,
+    Sum,
     Weights,
 )
 from moecompile.recognize.walk import End, Walk
+
+_SIZES = (int, torch.SymInt, torch.Size)
 
 
 @dataclass
@@ -65,7 +71,7 @@ def layers(walk: Walk) -> tuple[list[Layer], list[NearMiss]]:
     for end in walk.ends:
         by_routing.setdefault(id(end.role.routing), []).append(end)
     for ends in by_routing.values():
-        ends = _last_of_each_sum(ends)
+        ends = _last_of_each_sum(walk, ends)
         for end in ends:
             try:
                 found.append(_layer(walk, end))
@@ -91,14 +97,18 @@ def describe(role: Any) -> str:
     return words.get(type(role).__name__, type(role).__name__)
 
 
-def _last_of_each_sum(ends: list[End]) -> list[End]:
+def _last_of_each_sum(walk: Walk, ends: list[End]) -> list[End]:
     """Of the steps of one running sum the last; of a sum and its cast the cast, unless the sum itself is read too."""
     kept: list[End] = []
     for end in ends:
         for i, last in enumerate(kept):
             if end.role.terms[: len(last.role.terms)] == last.role.terms:
                 longer = len(end.role.terms) > len(last.role.terms) or end.tensor is last.tensor
-                if longer or _only_user(last.node, end.node):
+                if longer or _only_user(walk, last, end):
+                    kept[i] = end
+                break
+            if _made_of(end.role, last.role):
+                if _only_user(walk, last, end):
                     kept[i] = end
                 break
         else:
@@ -106,8 +116,32 @@ def _last_of_each_sum(ends: list[End]) -> list[End]:
     return kept
 
 
-def _only_user(node: fx.Node, user: fx.Node) -> bool:
-    return list(node.users) == [user]
+def _only_user(walk: Walk, value: End, last: End) -> bool:
+    """Does only `last` read the value, perhaps through views and the like that are read by nothing else?"""
+    tensor, step = value.tensor, value.step
+    while True:
+        holders = walk.holders.get(id(tensor), [])
+        users = {u for h in holders for u in h.users if walk.when(u) > step and not isinstance(value_of(u), _SIZES)}
+        if len(users) != 1:
+            return False
+        user = users.pop()
+        if user is last.node:
+            return True
+        read = walk.values.get(user)
+        if not isinstance(read, Tensor):
+            return False
+        tensor, step = read, walk.when(user)
+
+
+def _made_of(whole: Sum, part: Sum) -> bool:
+    """Is each term of the one computed from that of the other?"""
+    return len(whole.terms) == len(part.terms) and all(
+        a.expert == b.expert and _within(b.expr, a.expr) for a, b in zip(whole.terms, part.terms, strict=True)
+    )
+
+
+def _within(part: PairExpr, whole: PairExpr) -> bool:
+    return part == whole or any(_within(part, a) for a in whole[1:] if isinstance(a, tuple))
 
 
 # ---------------------------------------------------------------- one layer
@@ -150,13 +184,13 @@ def _layer(walk: Walk, end: End) -> Layer:
     x = parsed.row
     tokens = ids.tensor.numel() // k
     need(ids.tensor.numel() == tokens * k, "how many experts a token has is not known")
-    need(D.sizes(role.dims)[0] == tokens, "the output has other rows than the input")
+    need(math.prod(D.sizes(role.dims)[:-1]) == tokens, "the output has other rows than the input")
     out_of_range = OutOfRange.SKIP
     if space == TOKEN_SPACE and not parsed.sentinel and parsed.by_index:
         out_of_range = OutOfRange.SKIP if routing.choice is not None else OutOfRange.INDEX
     spec = parsed.spec(k, out_of_range, end.tensor.dtype)
     need(x.tensor.numel() == tokens * spec.hidden, "ids and rows differ in their tokens")
-    need(D.sizes(role.dims)[1] == spec.out_features, "the output has other features than the experts give")
+    need(D.sizes(role.dims)[-1] == spec.out_features, "the output has other features than the experts give")
     return Layer(
         MoESpec(None, spec),
         _form(space, parsed),

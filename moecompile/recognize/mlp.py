@@ -35,7 +35,8 @@ def merge(exprs: list[PairExpr]) -> PairExpr:
     if first[0] == "weight":
         a = first[1]
         for e in exprs:
-            same = e[1].ref is a.ref and e[1].tree == a.tree and e[1].routing is a.routing
+            same = e[1].ref is a.ref and e[1].tree == a.tree and e[1].routing is a.routing and e[1].dense == a.dense
+            same = same and (a.ref is not None or a.tree is not None or e[1].base is a.base)
             need(same, "the experts of the loop are weighted by different values")
         return first
     out: list[Any] = [first[0]]

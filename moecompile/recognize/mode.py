@@ -29,11 +29,13 @@ from moecompile.recognize.roles import (
     DenseWeights,
     Gathered,
     Leaf,
+    Mask,
     Pairs,
     Ref,
     Role,
     Routing,
     SortedIds,
+    Space,
     Stack,
     Sum,
     SumRows,
@@ -124,6 +126,8 @@ def _telling(role: Role) -> bool:
     if isinstance(role, (Gathered, SortedIds)):
         return role.routing.choice is not None
     if isinstance(role, Pairs):
+        if role.space.kind == "token" and role.top_k == 1 and "'mm'" not in repr(role.expr):
+            return False  # a value times the best score: in any classifier
         return (role.routing is not None and role.routing.choice is not None) or "'mm'" in repr(role.expr)
     return isinstance(role, SumRows) and role.added is not None
 
@@ -145,6 +149,7 @@ class RoleMode(TorchDispatchMode):
         self.node_of: dict[int, fx.Node] = {}  # id(tensor) -> the node that first returned it
         self.refs: dict[tuple[int, int], Ref] = {}
         self.losses: list[Loss] = []
+        self.counted: dict[Space, int] = {}  # the pairs of an expert -> how many there are
         self.steps = 0
         self.current: fx.Node | None = None
         self.symbolic = False  # the node being run has scalars without a value among its arguments
@@ -258,7 +263,7 @@ class RoleMode(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = func.overloadpacket
         if packet is aten.nonzero:  # a static fake mode cannot give its size
-            out = args[0].new_empty((self._unknown_size(), args[0].dim()), dtype=torch.int64)
+            out = args[0].new_empty((self._count(args[0]), args[0].dim()), dtype=torch.int64)
         elif packet is aten.bincount:
             out = args[0].new_empty((self._bins(args, kwargs),), dtype=torch.int64)
         elif packet is aten.index and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1]):
@@ -321,15 +326,24 @@ class RoleMode(TorchDispatchMode):
                 self.losses.append(Loss(self.current, str(packet), role))
                 return
 
-    def _unknown_size(self) -> int:
-        """The size Dynamo gave the result of a data-dependent op in the node being run."""
-        if self.current is not None:
-            for v in tree_leaves(value_of(self.current)):
-                if isinstance(v, Tensor) and v.dim():
-                    s = v.shape[0]
-                    if isinstance(s, torch.SymInt):
-                        return int(self.sizes(s))
-        return self.sizes.next()
+    def _count(self, mask: Tensor) -> int:
+        """How many ones a mask has: the size Dynamo gave the result of the node being run.
+
+        Masks of the same pairs have the same number of them, although Dynamo calls it by several names.
+        """
+        role = self.get(mask)
+        known = self.counted.get(role.space) if isinstance(role, Mask) else None
+        size = 0
+        for v in tree_leaves(value_of(self.current)) if self.current is not None else ():
+            s = v.shape[0] if isinstance(v, Tensor) and v.dim() else None
+            if isinstance(s, torch.SymInt) and not size:
+                if known is not None and isinstance(s.node.expr, sympy.Symbol):
+                    self.sizes.symbols.setdefault(s.node.expr, known)
+                size = int(self.sizes(s))
+        size = size or self.sizes.next()
+        if isinstance(role, Mask):
+            size = self.counted.setdefault(role.space, size)
+        return size
 
     def _bins(self, args: Any, kwargs: Any) -> int:
         v = value_of(self.current) if self.current is not None else None
@@ -342,5 +356,5 @@ class RoleMode(TorchDispatchMode):
         mask = indices[first]
         if sum(m is not None for m in indices) != 1 or mask.dtype != torch.bool:
             raise NotImplementedError("a mask among several indices")
-        shape = (*x.shape[:first], self._unknown_size(), *x.shape[first + mask.dim() :])
+        shape = (*x.shape[:first], self._count(mask), *x.shape[first + mask.dim() :])
         return x.new_empty(shape)

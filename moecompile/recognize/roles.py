@@ -77,6 +77,11 @@ class Routing:
     select: str = "topk"
     id: int = 0
 
+    @property
+    def distinct(self) -> bool:
+        """Are the experts of one token different for certain?"""
+        return self.choice is not None or self.top_k == 1
+
 
 @dataclass(frozen=True)
 class Role:
@@ -263,8 +268,15 @@ class Mask(Role):
 
     @property
     def space(self) -> Space:
-        """The pairs of the mask's expert, in the order in which nonzero() lists them."""
-        how = "".join("".join(n for n, _ in d) or "1" for d in self.dims)
+        """The pairs of the mask's expert, in the order in which nonzero() lists them.
+
+        Where a token's experts are different it has at most one of these pairs: the order is that of the tokens, with slots
+        and without, unless the slots come first.
+        """
+        names = [n for d in self.dims for n, _ in d]
+        how = "".join(n for i, n in enumerate(names) if names[i - 1 : i] != [n])
+        if self.routing.distinct and how in ("", "k", "tk"):
+            how = "t"
         return Space("subset", self.routing.id, self.expert, how)
 
 
@@ -355,15 +367,31 @@ class Term:
     top_k: int
 
 
+def finished(role: Pairs) -> Sum | None:
+    """Rows of the experts of a layer that gives each token one: its output, if nothing is done with them any more."""
+    k = role.top_k or (role.routing.top_k if role.routing is not None else 0)
+    tokens = all({n for n, _ in d} <= {"t"} for d in role.dims[:-1])
+    if role.routing is None or k != 1 or role.space != TOKEN_SPACE or len(role.dims) < 2 or not tokens:
+        return None
+    if not {n for n, _ in role.dims[-1]} <= {"c"} or _matmuls(role.expr) < 2:
+        return None
+    return Sum(role.dims, role.routing, (Term(-1, role.expr, role.space, 1),))
+
+
+def _matmuls(e: PairExpr) -> int:
+    """How many of the experts' matmuls follow one another in e."""
+    inside = [_matmuls(a) for a in e[1:] if isinstance(a, tuple)]
+    return int(e[0] == "mm") + max(inside, default=0)
+
+
 @dataclass(frozen=True)
 class Sum(Role):
     """For each token the sum of the terms over its pairs: the layer's output once every expert is in."""
 
     routing: Routing
     terms: tuple[Term, ...]
-    zero_based: bool = True
     cast: torch.dtype | None = None
-    node: Any = field(default=None, compare=False)
+    whole: bool = True  # False while unit dimensions of a product are still among its dimensions
 
 
 @dataclass(frozen=True)

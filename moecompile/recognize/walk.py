@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from moecompile.ir.surgery import value_of
 from moecompile.recognize import dims as D
 from moecompile.recognize.mode import GenericSizes, Loss, RoleMode, load_rules
-from moecompile.recognize.roles import Ids, Leaf, Pairs, Role, Sum, SumRows
+from moecompile.recognize.roles import Ids, Leaf, Pairs, Role, Sum, SumRows, finished
 
 
 @dataclass
@@ -152,8 +152,9 @@ class _Runner:
                 self.mode.put(value, None)  # a node holds it: a live-in in its own right
 
     def note(self, n: fx.Node, value: Tensor, role: Role | None) -> None:
-        if isinstance(role, Sum) and value.dim() == 2:
-            self.result.ends.append(End(n, self.mode.steps, value, role))
+        done = finished(role) if isinstance(role, Pairs) else role
+        if isinstance(done, Sum) and (done.whole or value.dim() == 2):
+            self.result.ends.append(End(n, self.mode.steps, value, done))
         if isinstance(role, (Pairs, SumRows, Sum)):
             self.result.heavy.add(id(value))
         if isinstance(role, Ids) and role.routing.ids is None:

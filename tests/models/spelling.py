@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "top": ("function", "method", "unsorted", "named"),
     "divide": ("out_of_place", "augmented", "div_", "torch_div"),
     "pick": ("gather", "torch_gather"),
-    "index": ("brackets", "index_select"),
+    "index": ("brackets", "index_select", "gather"),
     "halve": ("chunk", "slice", "split", "unflatten"),
     "blank": ("zeros_like", "new_zeros", "zeros"),
     "slots": ("view", "reshape", "unflatten"),
@@ -167,6 +167,8 @@ def pick(s: Spelling, scores: Tensor, ids: Tensor) -> Tensor:
 
 
 def index(s: Spelling, x: Tensor, at: Tensor) -> Tensor:
+    if s.index == "gather":
+        return x.gather(0, at[:, None].expand(-1, x.shape[1]))
     return x[at] if s.index == "brackets" else x.index_select(0, at)
 
 

@@ -29,6 +29,10 @@ class Given(nn.Module):
         for e in range(E):
             hit = ids == e
             token = hit.any(-1)
+            if self.form == "gates":  # each of two pairs gets the weight of the second
+                token = torch.where(hit)[0]
+                out.index_add_(0, token, self.mlp(e, x[token]) * torch.zeros(x.shape[0], E).scatter(1, ids, w)[token, e, None])
+                continue
             weight = (w * hit).sum(-1)[token][:, None]
             if self.form == "once":
                 y = self.mlp(e, x[token])
@@ -50,7 +54,7 @@ def _inputs(tokens: int) -> list[Tensor]:
     return [torch.randn(tokens, H, generator=g), torch.rand(tokens, 2, generator=g), ids]
 
 
-@pytest.mark.parametrize("form", ["dense", "once", "on_input", "on_output"])
+@pytest.mark.parametrize("form", ["dense", "once", "gates", "on_input", "on_output"])
 def test_one_expert_twice(form: str) -> None:
     module = Given(form)
     call = outcome.compiled(module)

@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 
-from tests.models import lookalike_dispatch, lookalike_gradients, lookalike_loops, outcome
+from tests.models import lookalike_dispatch, lookalike_gradients, lookalike_loops, lookalike_spelled, outcome
 from tests.models.lookalikes import LOOKALIKES, TRUE_FORMS, Base, H, LookAlike
 from tests.models.numbers import run, wrong
 
-assert lookalike_dispatch and lookalike_gradients and lookalike_loops  # all fill the registry
+assert lookalike_dispatch and lookalike_gradients and lookalike_loops and lookalike_spelled  # all fill the registry
 
 
 def _inputs(module: type[Base]) -> torch.Tensor:

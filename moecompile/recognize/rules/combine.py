@@ -60,7 +60,7 @@ def complete(role: Pairs, rest: D.Dims, gone: list[D.Axis]) -> Sum | None:
         wanted = [a for a in D.axes(role.dims) if a[0] == "e"]
     else:
         return None
-    if not k or gone != wanted or D.names(rest) > {"t", "c"} or len(rest) != 2 or D.names(rest[:1]) > {"t"}:
+    if not k or gone != wanted or len(rest) < 2 or not D.names(rest[:-1]) <= {"t"} or not D.names(rest[-1:]) <= {"c"}:
         return None
     return Sum(rest, role.routing, (Term(-1, role.expr, role.space, k),))
 
@@ -90,7 +90,7 @@ def _weighted_sum(c: RoleMode, out: Tensor, a: Tensor, b: Tensor) -> Role | None
         if D.names((feature,)) > {"c"}:
             continue
         rest = (role.dims[0], (), feature) if unit == 1 else (role.dims[0], feature, ())
-        return Sum(rest, role.routing, (Term(-1, ("mul", role.expr, ("weight", weights)), TOKEN_SPACE, k),))
+        return Sum(rest, role.routing, (Term(-1, ("mul", role.expr, ("weight", weights)), TOKEN_SPACE, k),), whole=False)
     return None
 
 
@@ -106,16 +106,20 @@ def _numbered(shape: Any, *names: int) -> D.Dims:
 # ---------------------------------------------------------------- one expert after the other
 
 
+def _dims_of_sum(x: Tensor) -> D.Dims:
+    """[.., H]: all dimensions but the last are tokens."""
+    return (*(D.dim(("t", s)) for s in x.shape[:-1]), D.dim(("c", x.shape[-1])))
+
+
 def _with_term(base: Role | None, at: PairToken, rows: Pairs, x: Tensor) -> Sum | None:
     """The running sum with another term in it."""
     if rows.routing is not at.routing or rows.space != at.space or len(rows.dims) != 2 or D.names(rows.dims[1:]) > {"c"}:
         return None
-    if D.names(rows.dims[:1]) > {"p", "s"} or D.sizes(rows.dims)[1] != x.shape[1]:
+    if D.names(rows.dims[:1]) > {"p", "s"} or D.sizes(rows.dims)[1] != x.shape[-1]:
         return None
     term = Term(at.space.expert, rows.expr, at.space, at.top_k or at.routing.top_k)
-    if isinstance(base, Full) and base.value == 0 and len(base.dims) == 2:
-        dims = (D.dim(("t", x.shape[0])), D.dim(("c", x.shape[1])))
-        return Sum(dims, at.routing, (term,))
+    if isinstance(base, Full) and base.value == 0:
+        return Sum(_dims_of_sum(x), at.routing, (term,))
     if isinstance(base, Sum) and base.routing is at.routing and term.expert >= 0:
         seen = {t.expert for t in base.terms}
         if -1 not in seen and term.expert not in seen and base.cast is None:
@@ -145,46 +149,61 @@ def _scatter_add(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, s
 def _put(
     c: RoleMode, out: Tensor, x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False
 ) -> Role | None:
-    """out[token] = out[token] + rows, or index_put(.., accumulate=True)."""
-    if len(indices) != 1 or x.dim() != 2:
+    """out[token] = out[token] + rows, or index_put(.., accumulate=True); out[token] = rows where a token has one expert."""
+    at, new, base = _tokens(c, x, indices, 1), c.get(values), c.get(x)
+    if at is None:
         return None
-    at, new, base = c.get(indices[0]), c.get(values), c.get(x)
-    if isinstance(at, Mask):
-        if len(at.dims) != 1:
-            return None
-        at = PairToken(((),), at.routing, at.space, at.routing.top_k)
-    if not isinstance(at, PairToken) or len(at.dims) != 1:
-        return None
-    if accumulate:
-        return _with_term(base, at, new, x) if isinstance(new, Pairs) else None
+    if isinstance(new, Pairs):
+        once = at.routing.top_k == 1 and at.space.kind == "subset"
+        return _with_term(base, at, new, x) if accumulate or once else None
     if not isinstance(new, SumRows) or new.added is None or new.space != at.space or new.routing is not at.routing:
         return None
     if new.storage != c.key(x) or new.version != c.version[c.key(x)]:
         return None
-    distinct = at.routing.choice is not None or "k" not in at.space.how or at.routing.top_k == 1
-    if not distinct or at.space.kind != "subset":  # with an expert twice in a token's slots one of the two would be lost
+    distinct = at.routing.distinct or "k" not in at.space.how
+    if accumulate or not distinct or at.space.kind != "subset":  # one expert twice in a token's slots: one of the two would be lost
         return None
-    dims = (D.dim(("t", x.shape[0])), D.dim(("c", x.shape[1])))
     if isinstance(base, Full) and base.value == 0:
-        return Sum(dims, at.routing, (new.added,))
+        return Sum(_dims_of_sum(x), at.routing, (new.added,))
     if isinstance(base, Sum) and base.routing is at.routing and new.added.expert not in {t.expert for t in base.terms} | {-1}:
-        return Sum(dims, at.routing, (*base.terms, new.added))
+        return Sum(_dims_of_sum(x), at.routing, (*base.terms, new.added))
     return None
+
+
+def _tokens(c: RoleMode, x: Tensor, indices: list[Tensor | None], count: int) -> PairToken | None:
+    """What x [.., H] is indexed by: the tokens of one expert's pairs, as numbers or as a mask over x's leading dimensions."""
+    at = c.get(indices[0]) if len(indices) == 1 else None
+    if isinstance(at, Mask) and len(at.dims) == x.dim() - 1 and D.names(at.dims) <= {"t"}:
+        return PairToken((D.dim(("s", count)),), at.routing, at.space, at.routing.top_k)
+    return at if isinstance(at, PairToken) and len(at.dims) == 1 and x.dim() == 2 else None
 
 
 @rule(aten.index)
 def _rows_of_sum(c: RoleMode, out: Tensor, x: Tensor, indices: list[Tensor | None]) -> Role | None:
     """out[token], or out[mask]: about to have an expert's rows added."""
-    role, at = c.get(x), c.get(indices[0]) if len(indices) == 1 else None
-    if isinstance(at, Mask) and len(at.dims) == 1:
-        at = PairToken((D.dim(("s", out.shape[0])),), at.routing, at.space, at.routing.top_k)
-    if not isinstance(at, PairToken) or at.space.kind != "subset" or x.dim() != 2:
+    role, at = c.get(x), _tokens(c, x, indices, out.shape[0])
+    if at is None or at.space.kind != "subset":
         return None
     running = isinstance(role, Sum) and role.routing is at.routing
     if not running and not (isinstance(role, Full) and role.value == 0):
         return None
-    dims = (at.dims[0], D.dim(("c", x.shape[1])))
+    dims = (at.dims[0], D.dim(("c", x.shape[-1])))
     return SumRows(dims, role, c.key(x), c.version[c.key(x)], at.routing, at.space)
+
+
+@rule(aten.mul, aten.mul_)
+def _weighted(c: RoleMode, out: Tensor, x: Any, y: Any) -> Role | None:
+    """The sum of the only expert of each token, times its weight."""
+    for one, other in ((x, y), (y, x)):
+        total, found = c.get(one), weights_of(c, other)
+        if not isinstance(total, Sum) or total.cast is not None or found is None:
+            continue
+        weights, dims = found
+        single = weights.routing is total.routing and weights.routing.choice is not None and weights.routing.top_k == 1
+        if single and not weights.dense and D.align(total.dims, dims) == total.dims and D.sizes(total.dims) == tuple(out.shape):
+            terms = tuple(dataclasses.replace(t, expr=("mul", t.expr, ("weight", weights))) for t in total.terms)
+            return dataclasses.replace(total, terms=terms)
+    return None
 
 
 @rule(aten.add, aten.add_)

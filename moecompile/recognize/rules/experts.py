@@ -81,6 +81,17 @@ def _index_select(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor) 
     return gathered(c, out, x, c.get(index)) if dim % x.dim() == 0 else None
 
 
+@rule(aten.gather)
+def _gather(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: Tensor, **_: Any) -> Role | None:
+    """gather(x, 0, token[:, None].expand(-1, H)): whole rows."""
+    at = c.get(index)
+    if not isinstance(at, (PairToken, Perm, Inverse)) or x.dim() != 2 or dim % 2 != 0 or len(at.dims) != 2:
+        return None
+    if D.names(at.dims[1:]) > {"b"} or not D.names(at.dims[:1]) <= {"p", "s"} or out.shape[1] != x.shape[1]:
+        return None
+    return gathered(c, out, x, dataclasses.replace(at, dims=at.dims[:1]))
+
+
 @rule(aten.embedding)
 def _embedding(c: RoleMode, out: Tensor, weight: Tensor, ids: Tensor, *_: Any) -> Role | None:
     return gathered(c, out, weight, c.get(ids)) if isinstance(c.get(ids), (PairToken, Perm, Inverse)) else None
@@ -88,7 +99,9 @@ def _embedding(c: RoleMode, out: Tensor, weight: Tensor, ids: Tensor, *_: Any) -
 
 def gathered(c: RoleMode, out: Tensor, x: Tensor, at: Role | None) -> Role | None:
     """x[at]: what the rows of x are decides what the result is."""
-    if isinstance(at, PairToken) and len(at.dims) == 1:
+    if isinstance(at, (PairToken, Perm, Inverse)) and len(at.dims) != 1:
+        return None
+    if isinstance(at, PairToken):
         return _rows(c, x, at)
     if isinstance(at, Perm):
         return _to_expert_order(c, x, at)
@@ -111,8 +124,9 @@ def _rows(c: RoleMode, x: Tensor, at: PairToken) -> Role | None:
     if at.space.kind == "subset" and (running or (isinstance(role, Full) and role.value == 0)):
         return None  # rows of the running sum: rules/combine.py
     if isinstance(role, ExpertWeight):  # summed over the slots, at the tokens where any slot chose the expert
-        same = role.routing is at.routing and role.expert == at.space.expert and "k" not in D.names(role.dims)
-        if not same or "k" in at.space.how or at.space.kind != "subset":
+        same = role.routing is at.routing and role.expert == at.space.expert and D.names(role.dims[:1]) <= {"t"}
+        once = role.routing.distinct or "k" not in at.space.how  # else a pair would get the weights of two
+        if not same or any(role.dims[1:]) or not once or at.space.kind != "subset":
             return None
         return Pairs((at.dims[0], *((),) * (x.dim() - 1)), ("weight", role.weights), at.routing, at.space, at.top_k)
     if x.dim() == 1 or (x.dim() == 2 and x.shape[1] == 1 and isinstance(role, Chosen)):
@@ -150,6 +164,10 @@ def _to_expert_order(c: RoleMode, x: Tensor, at: Perm) -> Role | None:
             return None
         at.routing.top_k = last[1]
         return Pairs((at.dims[0], made[1][1]), made[0], at.routing, space, last[1])
+    leaf = source(c, x) if at.routing.top_k == 1 and x.dim() == 2 else None
+    made = None if leaf is None or "b" in D.names(leaf.dims) else rows_of(leaf)
+    if made is not None and made[1][1:] and x.shape[0] == D.sizes(at.dims)[0] and x.shape[1] > 1:  # pair t is token t
+        return Pairs((at.dims[0], made[1][1]), made[0], at.routing, space, 1)
     found = weights_of(c, x)
     if found is None or found[0].dense or x.shape[0] != (D.sizes(at.dims)[0]) or x.numel() != x.shape[0]:
         return None

@@ -107,15 +107,16 @@ def arithmetic(c: RoleMode, out: Tensor, name: str, x: Any, y: Any) -> Role | No
 
 
 def _first_weighting(c: RoleMode, out: Tensor, x: Any, y: Any) -> Role | None:
-    """Rows of x, repeated, times weights: a value over pairs begins here where the weight is on the input."""
+    """Rows of x, once per slot, times weights: a value over pairs begins here where the weight is on the input."""
     for rows, other in ((x, y), (y, x)):
-        leaf = c.get(rows)
-        if not isinstance(leaf, Leaf) or "b" not in D.names(leaf.dims) or not isinstance(other, Tensor):
-            continue
-        found = weights_of(c, other)
+        found = weights_of(c, other) if isinstance(other, Tensor) else None
         if found is None or found[0].routing is None:
             continue
         weights, wdims = found
+        role = c.get(rows)
+        leaf = c.leaf(rows) if role is None or isinstance(role, Leaf) else None
+        if leaf is None or ("b" not in D.names(leaf.dims) and (weights.dense or found[0].routing.top_k != 1)):
+            continue
         space = DENSE_SPACE if weights.dense else TOKEN_SPACE
         made = rows_of(leaf, "e" if weights.dense else "k")
         if made is None:

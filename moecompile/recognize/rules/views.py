@@ -14,6 +14,7 @@ from moecompile.recognize.roles import (
     Chosen,
     Counts,
     DenseWeights,
+    ExpertWeight,
     Full,
     Gathered,
     GroupMask,
@@ -33,6 +34,7 @@ from moecompile.recognize.roles import (
     Scores,
     SortedIds,
     Sum,
+    Weights,
     holds,
 )
 
@@ -44,7 +46,7 @@ _ORDERS = (Perm, Inverse, PairToken, PairSlot, Counts, Offsets, SortedIds, Iota)
 def viewed(c: RoleMode, x: Tensor) -> Role | None:
     """The role of x, or x as a live-in (which a layer's output is to whatever reads it)."""
     role = c.get(x)
-    if isinstance(role, Sum) and len(role.dims) == 2:
+    if isinstance(role, Sum) and (role.whole or len(role.dims) == 2):
         return c.leaf(x) or role
     return c.leaf(x) if role is None else role
 
@@ -285,6 +287,10 @@ def _select(c: RoleMode, out: Tensor, x: Tensor, dim: int, index: int) -> Role |
         return coordinate(c, role, index % x.shape[1])
     if isinstance(role, Pairs) and index >= 0:
         return part(role, dim, index)
+    if isinstance(role, DenseWeights) and rest is not None and role.fill == 0 and index >= 0:
+        d = role.dims[dim]
+        if len(d) == 1 and d[0][0] == "e":
+            return ExpertWeight(rest, Weights(None, role.tree, role.routing, role.base, dense=True), role.routing, index)
     if isinstance(role, (Ids, Chosen)) and not role.dims[dim] and rest is not None:
         return dataclasses.replace(role, dims=rest)  # the only slot
     return None
