@@ -115,7 +115,7 @@ class _Rewrite:
         for n in nodes:
             t = self.walk.values.get(n)
             role = self.mode.get(t)
-            if not isinstance(t, Tensor) or not isinstance(role, DenseWeights) or role.fill != 0:
+            if not isinstance(t, Tensor) or not isinstance(role, DenseWeights) or role.fill != 0 or role.joined:
                 continue
             plain = [D.names((d,)) for d in role.dims] in ([{"t"}, {"e"}], [{"e"}, {"t"}])
             untouched = not any(s > self.walk.step[n] for s in self.mode.written.get(self.mode.key(t), []))

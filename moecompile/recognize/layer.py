@@ -16,6 +16,7 @@ from moecompile.ir.spec import MoESpec, OutOfRange, WeightOn
 from moecompile.ir.surgery import value_of
 from moecompile.recognize import dims as D
 from moecompile.recognize.mlp import Experts, merge
+from moecompile.recognize.mode import Loss
 from moecompile.recognize.roles import (
     DENSE_SPACE,
     TOKEN_SPACE,
@@ -82,8 +83,22 @@ def layers(walk: Walk) -> tuple[list[Layer], list[NearMiss]]:
         routing = getattr(loss.role, "routing", None)
         if routing is not None and id(routing) not in done:
             done.add(id(routing))
-            missed.append(NearMiss(loss.node, f"{loss.op} is not followed on a value that is {describe(loss.role)}"))
+            missed.append(NearMiss(loss.node, _told(loss)))
     return found, missed
+
+
+def _told(loss: Loss) -> str:
+    by = {
+        "PairToken": "the tokens of the experts' pairs",
+        "PairSlot": "the slots of one expert's pairs",
+        "Perm": "the order of the pairs by expert",
+        "Inverse": "the order of the pairs by token",
+        "Mask": "a mask of one expert's pairs",
+        "Ids": "the chosen experts",
+    }.get(type(loss.role).__name__)
+    if by is not None:
+        return f"{loss.op} by {by} is not followed as it is used here"
+    return f"{loss.op} is not followed on a value that is {describe(loss.role)}"
 
 
 def describe(role: Any) -> str:
@@ -108,7 +123,7 @@ def _last_of_each_sum(walk: Walk, ends: list[End]) -> list[End]:
                     kept[i] = end
                 break
             if _made_of(end.role, last.role):
-                if _only_user(walk, last, end):
+                if _only_user(walk, last, end) and _is_layer(walk, end):
                     kept[i] = end
                 break
         else:
@@ -131,6 +146,15 @@ def _only_user(walk: Walk, value: End, last: End) -> bool:
         if not isinstance(read, Tensor):
             return False
         tensor, step = read, walk.when(user)
+
+
+def _is_layer(walk: Walk, end: End) -> bool:
+    """Not one that goes on with what is no part of a layer: that stays outside."""
+    try:
+        _layer(walk, end)
+    except Unsupported:
+        return False
+    return True
 
 
 def _made_of(whole: Sum, part: Sum) -> bool:

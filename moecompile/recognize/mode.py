@@ -28,9 +28,14 @@ from moecompile.recognize.roles import (
     Chosen,
     DenseWeights,
     Gathered,
+    Ids,
+    Inverse,
     Leaf,
     Mask,
     Pairs,
+    PairSlot,
+    PairToken,
+    Perm,
     Ref,
     Role,
     Routing,
@@ -130,6 +135,17 @@ def _telling(role: Role) -> bool:
             return False  # a value times the best score: in any classifier
         return (role.routing is not None and role.routing.choice is not None) or "'mm'" in repr(role.expr)
     return isinstance(role, SumRows) and role.added is not None
+
+
+_INDEXING = (aten.index, aten.index_select, aten.gather, aten.index_put, aten.index_put_, aten.index_copy, aten.index_copy_)
+
+
+def _index_lost(packet: object, x: Tensor, role: Role) -> bool:
+    """Is this an op that takes or puts numbers by a router's choice, as the layers do? Integers are indexed in any model."""
+    if packet not in _INDEXING or not x.is_floating_point() or getattr(role, "routing", None) is None:
+        return False
+    by_expert = isinstance(role, (PairToken, PairSlot, Perm, Inverse, Mask)) or (isinstance(role, Ids) and x.dim() > 2)
+    return by_expert and role.routing.choice is not None  # type: ignore[attr-defined]
 
 
 class RoleMode(TorchDispatchMode):
@@ -321,7 +337,7 @@ class RoleMode(TorchDispatchMode):
     def _lost(self, packet: Any, args: Any) -> None:
         for a in tree_leaves(args):
             role = self.get(a)
-            if role is not None and _telling(role):
+            if role is not None and (_telling(role) or _index_lost(packet, args[0], role)):
                 assert self.current is not None
                 self.losses.append(Loss(self.current, str(packet), role))
                 return

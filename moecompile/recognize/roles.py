@@ -183,6 +183,7 @@ class DenseWeights(Role):
     routing: Routing
     fill: float
     base: Any = field(default=None, compare=False)
+    joined: bool = False  # the others are 0 by a softmax over all: not where a chosen one is NaN
 
 
 # ---------------------------------------------------------------- the order of pairs

@@ -72,7 +72,8 @@ class GatesOfTokenAndExpert(Loop):
     """scores[token, e], the tokens found without gradients; the scores are returned: gpt-oss."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        gates, ids = dense_gates(self, x)
+        w, ids = self.logits(x).topk(self.K, -1)
+        gates = torch.zeros(x.shape[0], self.E, dtype=x.dtype).scatter_(1, ids, w.softmax(-1))
         mask, out = F.one_hot(ids, self.E).permute(2, 1, 0), torch.zeros_like(x)
         for e in range(self.E):
             with torch.no_grad():

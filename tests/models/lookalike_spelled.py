@@ -169,3 +169,24 @@ class GatesWrittenBeforeTheyLeave(Base):
         gates = gates * 1
         gates[:, 0] = 0
         return out, gates
+
+
+@lookalike("experts")
+class GatesOfASoftmaxLeave(Loop):
+    """Where a chosen logit is NaN all gates of the token are."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gates, ids = dense_gates(self, x)
+        out = torch.zeros_like(x)
+        for e in range(self.E):
+            token, _ = torch.where(ids == e)
+            out = out.index_add(0, token, self.mlp(e, x[token]) * gates[token, e, None])
+        return out, gates
+
+
+@lookalike("any")
+class GoesOnAfterTheOnlyRow(Sorted):
+    """More is done with the output of a layer whose tokens have one row each."""
+
+    def order_back(self, x: Tensor, y: Tensor, order: Tensor) -> Tensor:
+        return (y[torch.argsort(order)] + 1).relu()

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from moecompile import report
 from tests.models import outcome
 from tests.models.home_spelled import SPELLINGS
+from tests.models.lookalike_spelled import FeaturesGathered
 from tests.models.lookalikes import Base, H
 from tests.models.numbers import run, wrong
 
@@ -45,3 +47,11 @@ def test_the_original_nodes_take_what_the_op_takes(dynamic: bool) -> None:
     with torch.no_grad():
         assert torch.allclose(call(x), layer(x), atol=1e-5)
     assert [(found.fused, found.router) for found in outcome.layers()] == [(True, True)], outcome.reasons()
+
+
+def test_the_index_op_that_is_not_followed_is_named() -> None:
+    layer = FeaturesGathered()
+    outcome.compiled(layer)(torch.randn(10, H))
+    (entry,) = report.last_reports()
+    assert entry.reason == "aten.gather by the tokens of the experts' pairs is not followed as it is used here"
+    assert ".gather(1, token)" in entry.stack_trace

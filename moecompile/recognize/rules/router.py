@@ -80,7 +80,7 @@ def _softmax(c: RoleMode, out: Tensor, x: Tensor, dim: int, *_: Any) -> Role | N
         return dataclasses.replace(role, tree=("softmax", role.tree), base=None) if is_last(role, dim, {"k"}) else None
     if isinstance(role, DenseWeights):
         if role.fill == -math.inf and role.tree is not None and is_last(role, dim, {"e"}):
-            return dataclasses.replace(role, tree=("softmax", role.tree), fill=0.0, base=None)
+            return dataclasses.replace(role, tree=("softmax", role.tree), fill=0.0, base=None, joined=True)
         return None
     scores = as_scores(c, x)
     if scores is None or not is_last(scores, dim, {"e"}):
