@@ -15,7 +15,7 @@ from moecompile.ir import expr as X
 from moecompile.ir.spec import MoESpec, OutOfRange, WeightOn
 from moecompile.ir.surgery import value_of
 from moecompile.recognize import dims as D
-from moecompile.recognize.mlp import Experts, merge
+from moecompile.recognize.mlp import Experts, Stacks, merge
 from moecompile.recognize.mode import Loss
 from moecompile.recognize.roles import (
     DENSE_SPACE,
@@ -234,6 +234,8 @@ def _short(seen: list[int]) -> str:
 
 def _form(space: Any, parsed: Experts) -> str:
     if space == TOKEN_SPACE:
+        if isinstance(parsed.down, Stacks):
+            return "loop over experts"
         return "gathered weights, batched matmul" if parsed.by_index else "sorted rows, grouped matmul"
     if space == DENSE_SPACE:
         return "every expert on every token"

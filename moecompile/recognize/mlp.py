@@ -171,6 +171,9 @@ class Experts:
         if e[3] > 0:
             need(self.clamped in (0, e[3]), "ids are clamped twice")
             self.clamped = e[3]
+        if isinstance(e[1], Stacks):
+            self.num_experts = self.num_experts or len(e[1].each)
+            need(len(e[1].each) == self.num_experts, "the experts' weights differ in the number of experts")
         for s in e[1].each if isinstance(e[1], Stacks) else (e[1],):
             self.dtypes.add(s.cast or s.ref.tensor.dtype)
             if not isinstance(e[1], Stacks):

@@ -396,6 +396,14 @@ class Sum(Role):
 
 
 @dataclass(frozen=True)
+class PairRows(Role):
+    """Rows by token and slot, of which those of some experts' pairs are in place."""
+
+    routing: Routing
+    exprs: tuple[tuple[int, PairExpr], ...]  # expert -> what its pairs' rows are
+
+
+@dataclass(frozen=True)
 class SumRows(Role):
     """The rows of a Sum (or of zeros) at one expert's tokens, with that expert's term added or not yet."""
 

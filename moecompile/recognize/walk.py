@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from moecompile.ir.surgery import value_of
 from moecompile.recognize import dims as D
 from moecompile.recognize.mode import GenericSizes, Loss, RoleMode, load_rules
-from moecompile.recognize.roles import Ids, Leaf, Pairs, Role, Sum, SumRows, finished
+from moecompile.recognize.roles import Ids, Leaf, PairRows, Pairs, Role, Sum, SumRows, finished
 
 
 @dataclass
@@ -155,7 +155,7 @@ class _Runner:
         done = finished(role) if isinstance(role, Pairs) else role
         if isinstance(done, Sum) and (done.whole or value.dim() == 2):
             self.result.ends.append(End(n, self.mode.steps, value, done))
-        if isinstance(role, (Pairs, SumRows, Sum)):
+        if isinstance(role, (Pairs, PairRows, SumRows, Sum)):
             self.result.heavy.add(id(value))
         if isinstance(role, Ids) and role.routing.ids is None:
             role.routing.ids = self.mode.ref(value)

@@ -140,3 +140,15 @@ class DenseByExpert(Shaped):
         h = self.act(torch.bmm(rows, self.gate.transpose(1, 2)), torch.bmm(rows, self.up.transpose(1, 2)))
         y = torch.bmm(h, self.down.transpose(1, 2)).view(self.E, x.shape[0], -1, H)
         return (y * gates.reshape(self.E, x.shape[0], -1)[..., None]).sum(0), gates
+
+
+@spelling
+class WrittenByPair(Loop):
+    """Rows repeated once per slot, written back under the mask of each expert: the first Mixtral."""
+
+    def experts(self, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+        flat, rows = ids.view(-1), x.repeat_interleave(self.K, dim=0)
+        y = torch.empty_like(rows)
+        for e in range(self.E):
+            y[flat == e] = self.mlp(e, rows[flat == e])
+        return (y.view(*w.shape, -1) * w.unsqueeze(-1)).sum(1)

@@ -190,3 +190,52 @@ class GoesOnAfterTheOnlyRow(Sorted):
 
     def order_back(self, x: Tensor, y: Tensor, order: Tensor) -> Tensor:
         return (y[torch.argsort(order)] + 1).relu()
+
+
+class ByPair(Loop):
+    def experts(self, x: Tensor, w: Tensor, ids: Tensor) -> Tensor:
+        flat, rows = ids.view(-1), self.repeated(x)
+        y = torch.zeros_like(rows)
+        for e in self.visited():
+            y = self.write(y, self.to(flat, e), self.mlp(e, rows[flat == e]))
+        return (y.view(*w.shape, -1) * w.unsqueeze(-1)).sum(1)
+
+    def repeated(self, x: Tensor) -> Tensor:
+        return x.repeat_interleave(self.K, dim=0)
+
+    def to(self, flat: Tensor, e: int) -> Tensor:
+        return flat == e
+
+    def write(self, y: Tensor, at: Tensor, rows: Tensor) -> Tensor:
+        y[at] = rows
+        return y
+
+
+@lookalike("declined")
+class RowsRepeatedAsAWhole(ByPair):
+    """Pair r reads token r modulo T."""
+
+    def repeated(self, x: Tensor) -> Tensor:
+        return x.repeat(self.K, 1)
+
+
+@lookalike("declined")
+class OneExpertLeftOutByPair(ByPair):
+    def visited(self) -> list[int]:
+        return [0, 2, 3]
+
+
+@lookalike("declined")
+class WrittenToTheTurnedPairs(ByPair):
+    """The rows of an expert go to its pairs when these are listed slot by slot."""
+
+    def to(self, flat: Tensor, e: int) -> Tensor:
+        return flat.view(-1, self.K).t().reshape(-1) == e
+
+
+@lookalike("declined")
+class HalvedInBetween(ByPair):
+    def write(self, y: Tensor, at: Tensor, rows: Tensor) -> Tensor:
+        y = y * 0.5
+        y[at] = rows
+        return y

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from moecompile.errors import Unsupported
 from moecompile.recognize import dims as D
+from moecompile.recognize.mlp import merge
 from moecompile.recognize.mode import RoleMode, aten, rule
 from moecompile.recognize.roles import (
     DENSE_SPACE,
@@ -17,6 +19,7 @@ from moecompile.recognize.roles import (
     Full,
     Mask,
     OneHot,
+    PairRows,
     Pairs,
     PairToken,
     Role,
@@ -168,6 +171,35 @@ def _put(
     if isinstance(base, Sum) and base.routing is at.routing and new.added.expert not in {t.expert for t in base.terms} | {-1}:
         return Sum(_dims_of_sum(x), at.routing, (*base.terms, new.added))
     return None
+
+
+@rule(aten.index_put, aten.index_put_)
+def _put_pairs(
+    c: RoleMode, out: Tensor, x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False
+) -> Role | None:
+    """blank[flat ids == e] = rows, expert after expert: the rows of all pairs, once each expert's are in."""
+    at, rows, base = c.get(indices[0]) if len(indices) == 1 else None, c.get(values), c.get(x)
+    if not isinstance(at, Mask) or not isinstance(rows, Pairs) or len(at.dims) != 1 or D.names(at.dims) != {"t", "k"}:
+        return None
+    routing = at.routing
+    mine = rows.routing is routing and rows.space == at.space and len(rows.dims) == 2 and D.names(rows.dims[1:]) <= {"c"}
+    if accumulate or not mine or routing.choice is None or x.dim() != 2 or D.sizes(rows.dims)[1] != x.shape[1]:
+        return None
+    before = base.exprs if isinstance(base, PairRows) and base.routing is routing else ()
+    if not before and not isinstance(base, Full):
+        return None
+    exprs = (*before, (at.expert, rows.expr))
+    dims = (at.dims[0], D.dim(("c", x.shape[1])))
+    experts = sorted(e for e, _ in exprs)
+    if len(set(experts)) != len(experts):
+        return None
+    if experts != list(range(routing.num_classes)):
+        return PairRows(dims, routing, exprs)
+    try:
+        merged = merge([expr for _, expr in sorted(exprs, key=lambda one: one[0])])
+    except Unsupported:
+        return None
+    return Pairs(dims, merged, routing, TOKEN_SPACE, routing.top_k)
 
 
 def _tokens(c: RoleMode, x: Tensor, indices: list[Tensor | None], count: int) -> PairToken | None:

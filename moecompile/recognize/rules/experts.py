@@ -211,12 +211,27 @@ def _by_mask(c: RoleMode, out: Tensor, x: Tensor, mask: Mask) -> Role | None:
     routing = mask.routing
     if len(mask.dims) == 1 and D.names(mask.dims) <= {"t"}:
         return _rows(c, x, PairToken((s,), routing, space, routing.top_k))
+    if len(mask.dims) == 1 and D.names(mask.dims) == {"t", "k"}:
+        return _by_flat_mask(c, x, mask, s)
     found = weights_of(c, x)
     if found is None or found[0].dense or len(mask.dims) != 2 or D.names(mask.dims[:1]) > {"t"} or out.dim() != 1:
         return None
     if found[0].routing not in (None, routing) or tuple(x.shape) != D.sizes(mask.dims):
         return None
     return Pairs((s,), ("weight", found[0]), routing, space, routing.top_k)
+
+
+def _by_flat_mask(c: RoleMode, x: Tensor, mask: Mask, s: D.Dim) -> Role | None:
+    """x[flat ids == e]: x repeated once per slot, or the weights of all pairs, token by token."""
+    role, found = c.get(x), weights_of(c, x)
+    if isinstance(role, Leaf) and "b" in D.names(role.dims):
+        made = rows_of(role, "k")
+        if made is None or len(made[1]) != 2 or made[1][0] != mask.dims[0]:
+            return None
+        return Pairs((s, made[1][1]), made[0], mask.routing, mask.space, mask.routing.top_k)
+    if found is None or found[0].dense or found[0].routing is not mask.routing or found[1] != mask.dims:
+        return None
+    return Pairs((s,), ("weight", found[0]), mask.routing, mask.space, mask.routing.top_k)
 
 
 # ---------------------------------------------------------------- matmuls
