@@ -239,3 +239,17 @@ class HalvedInBetween(ByPair):
         y = y * 0.5
         y[at] = rows
         return y
+
+
+@lookalike("experts")
+class GatesLeaveBeforeTheyAreNormalised(Base):
+    """The weights are gathered from the gates that leave, and made to sum to 1 after that."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        best, ids = self.scores(x).topk(self.K, -1)
+        gates = torch.zeros(x.shape[0], self.E, dtype=x.dtype).scatter(1, ids, best)
+        w = gates.gather(1, ids)
+        w = w / w.sum(-1, keepdim=True)
+        gate, up = (torch.einsum("th,tkfh->tkf", x, m[ids]) for m in (self.gate, self.up))
+        y = torch.einsum("tkf,tkhf->tkh", self.act(gate, up), self.down[ids])
+        return (y * w.unsqueeze(-1)).sum(1), gates
