@@ -18,20 +18,16 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
 from moecompile import __version__, config, report
 from moecompile.codegen import target
 from moecompile.config import Settings
-from moecompile.errors import Unsupported
+from moecompile.errors import Unsupported, VerifyError
 from moecompile.ir import ops, surgery
-from moecompile.passes import Context, pipeline
+from moecompile.passes import CONTROL_FLOW, Context, pipeline
 from moecompile.runtime import capture, fallback, kept_memory
 
 log = logging.getLogger("moecompile.backend")
-
-# How Dynamo and Inductor ask for another trace, and what no fallback can mend.
-CONTROL_FLOW = (RestartAnalysis, SkipFrame, MemoryError)
 
 
 def moe(
@@ -39,17 +35,23 @@ def moe(
 ) -> Callable[..., Any]:
     """The backend torch.compile calls for each graph. May be called twice for one graph; ValueError for bad options."""
     settings = config.resolve(mode, options)
-    bind()
-    candidate = rewrite(gm, settings)
-    if candidate is not None:
-        try:
+    candidate = None
+    try:
+        bind()
+        candidate = rewrite(gm, settings)
+        if candidate is not None:
             return lower(candidate, example_inputs, settings)
-        except CONTROL_FLOW:
-            raise
-        except Exception as error:
-            if settings.strict:
-                raise
-            report.internal_failure("compiling the rewritten graph", error, settings)
+    except (Unsupported, capture.Retrace):
+        raise
+    except CONTROL_FLOW:
+        if candidate is not None:
+            report.withdraw()
+        raise
+    except Exception as error:
+        doing = "rewriting" if candidate is None else "compiling the rewritten graph"
+        if settings.strict or settings.fallback == "error":
+            raise VerifyError(f"{doing} failed: {type(error).__name__}: {error}") from error
+        report.internal_failure(doing, error, settings)
     return lower(gm, example_inputs, settings)
 
 
@@ -64,27 +66,39 @@ def bind() -> None:
 
 
 def rewrite(gm: fx.GraphModule, settings: Settings) -> fx.GraphModule | None:
-    """A rewritten copy of gm, or None where there is nothing to rewrite (or rewriting failed)."""
+    """A rewritten copy of gm, or None where there is nothing to rewrite."""
     context = Context(
         supports_experts=lambda spec, device, train: target.supports_experts(spec, device, train, settings.kernels),
         supports_router=lambda spec, device: target.supports_router(spec, device, settings.kernels),
         kernel=lambda device: target.kernel_name(device, settings.kernels),
         train=torch.is_grad_enabled(),
         router=settings.router,
+        policy=f"{settings.fallback} {settings.verify} {settings.kernels}",
     )
-    try:
-        candidate = surgery.copy_of(gm)
-        for graph_pass in pipeline():
-            candidate = graph_pass.run(candidate, context)
-    except CONTROL_FLOW:
-        raise
-    except Exception as error:
-        if settings.strict:
-            raise
-        report.internal_failure("rewriting", error, settings)
-        return None
+    candidate = surgery.copy_of(gm)
+    for graph_pass in pipeline():
+        candidate = graph_pass.run(candidate, context)
     for e in context.entries:
         e.op = None  # the report outlives the graph
+    if capture.unwanted(candidate, layers=bool(context.entries)):
+        for e in context.entries:
+            e.status, e.reason = "declined", "other sizes in the graph depend on data, and capturing them would fix them"
+        _declare(gm, gm, context, settings)
+        raise capture.Retrace
+    _declare(gm, candidate, context, settings)
+    if not any(e.status == "fused" for e in context.entries):
+        return None
+    reference = settings.kernels == "reference"
+    for name, original in context.regions.items():
+        fallback.register(name, None if reference else original, settings.fallback, settings.verify, reference)
+    for e in context.entries:
+        if e.router is not None:
+            fallback.register("route:" + e.router.text(), None, settings.fallback, settings.verify, reference)
+    return candidate
+
+
+def _declare(gm: fx.GraphModule, candidate: fx.GraphModule, context: Context, settings: Settings) -> None:
+    """Report what became of the layers; Unsupported where one was declined and that is an error."""
     report.add(gm, candidate, context.entries)
     declined = [e for e in context.entries if e.status == "declined"]
     if declined and settings.fallback == "error":
@@ -93,15 +107,6 @@ def rewrite(gm: fx.GraphModule, settings: Settings) -> fx.GraphModule | None:
         for e in declined:
             message = f"moecompile: a layer runs as it was written ({e.node}): {e.reason}"
             report.warn_once(message)
-    reference = "asked for" if settings.kernels == "reference" else ""
-    for name, original in context.regions.items():
-        fallback.register(name, None if reference else original, settings.fallback, settings.verify, reference)
-    for e in context.entries:
-        if e.router is not None:
-            fallback.register("route:" + e.router.text(), None, settings.fallback, settings.verify, reference)
-    if not any(e.status == "fused" for e in context.entries):
-        return None
-    return candidate
 
 
 def lower(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings) -> Callable[..., Any]:
@@ -128,5 +133,4 @@ def reset() -> None:
 
 
 moe.reset = reset  # type: ignore[attr-defined]
-moe.backend_ctx_ctor = capture.Scope  # type: ignore[attr-defined]
 capture.install(moe)

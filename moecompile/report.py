@@ -184,11 +184,19 @@ def add(before: fx.GraphModule, after: fx.GraphModule, entries: list[Entry]) -> 
         trace_structured("artifact", metadata_fn=lambda: {"name": "moecompile", "encoding": "json"}, payload_fn=lambda: payload)
 
 
+def withdraw() -> None:
+    """Forget the graph noted last: it is traced again."""
+    _REPORTS.pop()
+
+
 def internal_failure(doing: str, e: Exception, settings: Settings) -> None:
     """Say that the compiler itself failed and the original graph is used."""
     first = str(e).splitlines()[0] if str(e) else ""
     message = f"moecompile: {doing} failed, the original graph is compiled: {type(e).__name__}: {first}"
-    log.warning(message, exc_info=e)
+    log.info(message, exc_info=e)
+    if doing.startswith("compiling") and _REPORTS:
+        for entry in _REPORTS[-1].layers:
+            entry.status, entry.reason = "declined", f"{doing} failed: {type(e).__name__}: {first}"
     if settings.fallback != "silent":
         warn_once(message)
 

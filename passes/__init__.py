@@ -14,10 +14,14 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
 from moecompile.errors import VerifyError
 from moecompile.ir import verifier
 from moecompile.ir.spec import ExpertsSpec, RouterSpec
+
+# How Dynamo and Inductor ask for another trace, and what no fallback can mend.
+CONTROL_FLOW = (RestartAnalysis, SkipFrame, MemoryError)
 
 
 class Phase(enum.IntEnum):
@@ -52,6 +56,7 @@ class Context:
     kernel: Callable[[torch.device], str] = lambda device: ""
     train: bool = False
     router: bool = True
+    policy: str = ""  # the options that a kept layer runs under: part of its name, so that models do not share them
     entries: list[Entry] = field(default_factory=list)
     regions: dict[str, fx.GraphModule | None] = field(default_factory=dict)  # name -> a layer's original nodes, if they stand alone
 
@@ -67,8 +72,13 @@ class Pass:
     exact: bool  # True where it changes no rounding
 
     def run(self, gm: fx.GraphModule, context: Context | None = None) -> fx.GraphModule:
-        """The graph after the pass, verified. VerifyError names the pass."""
-        result = self.function(gm, context if context is not None else Context())
+        """The graph after the pass, verified. VerifyError names the pass, whatever went wrong in it."""
+        try:
+            result = self.function(gm, context if context is not None else Context())
+        except CONTROL_FLOW:
+            raise
+        except Exception as e:
+            raise VerifyError(f"in {self.name}: {type(e).__name__}: {e}") from e
         try:
             verifier.verify(result)
         except Exception as e:

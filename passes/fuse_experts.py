@@ -13,12 +13,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import fx
 
 from moecompile.errors import Unsupported
-from moecompile.ir import surgery
+from moecompile.ir import reference, surgery
 from moecompile.ir.spec import ExpertsSpec, Weight
 from moecompile.passes import Context, Entry, Phase, graph_pass
 from moecompile.recognize import dims as D
@@ -155,24 +156,54 @@ class _Replacement:
     def cut_out(self, nodes: set[fx.Node], reads: list[Ref], weights: Ref | None) -> str:
         """Keep the original nodes under a name, as a function of (x, weights, ids, params, sizes), unless they read more."""
         layer = self.layer
-        weighted = [weights] if weights is not None else []
-        given = [self.node(r) for r in (layer.x, *weighted, layer.ids, *(ref for ref, _ in layer.params))]
-        sizes = [n for n in self.walk.nodes if n.op == "placeholder" and self.is_size(n) and any(u in nodes for u in n.users)]
+        tokens = [self.node(r) for r in (layer.x, *([weights] if weights is not None else []), layer.ids)]
+        given = [*tokens, *(self.node(ref) for ref, _ in layer.params)]
+        sizes = self.sizes_for(nodes, tokens)
         returned = self.walk.holders[id(self.end.tensor)][0]
         original: fx.GraphModule | None = None
-        if len(set(given)) == len(given) and not (layer.weights is not None and layer.weights.dense):
-            shapes = {n: surgery.value_of(n).shape for n in given[: 2 + len(weighted)]}
-            same = {m: self.node(r) for r in reads for m in self.holding(r)}
+        if len(set(given)) == len(given):
             with contextlib.suppress(KeyError):  # reads something else: the reference stands in for it
-                original = surgery.cut(self.gm, nodes, [*given, *sizes], self.end.node, returned, same, shapes)
+                autocast = self.autocast(nodes)
+                restore = {n: surgery.reshaped(n, sizes) for n in given}
+                if layer.weights is not None and layer.weights.dense:
+                    restore[tokens[1]] = self.dense(tokens[1], tokens[2])
+                same = {m: self.node(r) for r in reads for m in self.holding(r)}
+                original = surgery.cut(self.gm, nodes, [*given, *sizes], restore, same, self.end.node, returned)
+                original.meta["autocast"] = autocast
         self.sizes = sizes if original is not None else []
         told = original.code if original is not None else f"{self.end.node.name}"
+        told += repr(original and original.meta["autocast"]) + self.context.policy
         name = hashlib.sha256((told + self.spec.text()).encode()).hexdigest()[:16]
         self.context.regions[name] = original
         return name
 
     def is_size(self, n: fx.Node) -> bool:
         return isinstance(surgery.value_of(n), torch.SymInt)
+
+    def sizes_for(self, nodes: set[fx.Node], tokens: list[fx.Node]) -> list[fx.Node]:
+        """The symbolic sizes that the original nodes read, and those that tell a live-in of several symbolic dimensions apart."""
+        placeholders = [n for n in self.walk.nodes if n.op == "placeholder" and self.is_size(n)]
+        symbolic = [[d.node.expr for d in surgery.value_of(n).shape if surgery.symbolic(d)] for n in tokens]
+        told = {expr for dims in symbolic if len(dims) > 1 for expr in dims}
+        return [n for n in placeholders if any(u in nodes for u in n.users) or surgery.value_of(n).node.expr in told]
+
+    def dense(self, weights: fx.Node, ids: fx.Node) -> surgery.Restore:
+        """Weights [T,K], as the op has them, at their places in [T,E]."""
+
+        def restore(graph: fx.Graph, here: Mapping[fx.Node, fx.Node]) -> fx.Node:
+            flat = graph.call_method("reshape", (here[ids], [-1, self.spec.top_k]))
+            return graph.call_function(reference.dense_weights, (here[weights], flat, self.spec.num_experts))
+
+        return restore
+
+    def autocast(self, nodes: set[fx.Node]) -> tuple[str, torch.dtype, bool]:
+        """The autocast that was in force over all of the nodes, as torch.autocast takes it; KeyError where it changed."""
+        device = self.end.tensor.device.type
+        found = {self.walk.autocast[n][device] for n in nodes}
+        if len(found) != 1:
+            raise KeyError("autocast")
+        enabled, dtype = found.pop()
+        return device, dtype, enabled
 
     # ------------------------------------------------------------ the new node
 

@@ -34,6 +34,11 @@ def expert_ids(spec: ExpertsSpec, ids: Tensor) -> Tensor:
 
 def experts(spec: ExpertsSpec, x: Tensor, weights: Tensor | None, ids: Tensor, params: Sequence[Tensor]) -> Tensor:
     """x [T,H], weights [T,K] or None, ids [T,K] -> out [T,O]: see ExpertsSpec."""
+    with torch.autocast(x.device.type, enabled=False):  # the spec says every dtype
+        return _experts(spec, x, weights, ids, params)
+
+
+def _experts(spec: ExpertsSpec, x: Tensor, weights: Tensor | None, ids: Tensor, params: Sequence[Tensor]) -> Tensor:
     H, F, O = spec.hidden, spec.intermediate, spec.out_features
     wide = torch.float64 if spec.dtype == torch.float64 else torch.float32
     ids = expert_ids(spec, ids)
@@ -57,6 +62,11 @@ def experts(spec: ExpertsSpec, x: Tensor, weights: Tensor | None, ids: Tensor, p
             y = y * w
         out = out.index_add(0, token, y)
     return out.to(spec.out_dtype)
+
+
+def dense_weights(weights: Tensor, ids: Tensor, num_experts: int) -> Tensor:
+    """weights [T,K] of experts ids [T,K] -> [T,E], zero where an expert was not chosen."""
+    return weights.new_zeros(weights.shape[0], num_experts).scatter(1, ids, weights)
 
 
 def scores(spec: RouterSpec, logits: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ A Dynamo graph has in-place nodes without users: `eliminate_dead_code` would del
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,12 +30,22 @@ def copy_of(gm: fx.GraphModule) -> fx.GraphModule:
         output.meta.update(old_output.meta)
     for old, new in nodes.items():
         new.meta.update(old.meta)
+        _copy_notes(old, new)
     copied = fx.GraphModule(gm, graph)
     copied.meta.update(gm.meta)
+    _copy_notes(gm, copied)
     for name, child in list(gm.named_children()):
         if isinstance(child, fx.GraphModule):
             setattr(copied, name, copy_of(child))
     return copied
+
+
+def _copy_notes(old: fx.Node | fx.GraphModule, new: fx.Node | fx.GraphModule) -> None:
+    """What Dynamo wrote beside the meta: where inputs come from, by which AOTAutograd guards inputs that share memory and tells
+    CUDA graphs which inputs never move."""
+    for name, value in vars(old).items():
+        if name not in vars(new):
+            setattr(new, name, value)
 
 
 def key_of(n: fx.Node) -> str:
@@ -108,38 +118,61 @@ def erase(
     return len(dead)
 
 
+Restore = Callable[[fx.Graph, Mapping[fx.Node, fx.Node]], fx.Node]
+
+
 def cut(
     gm: fx.GraphModule,
     nodes: set[fx.Node],
     inputs: list[fx.Node],
+    restore: Mapping[fx.Node, Restore],
+    same: Mapping[fx.Node, fx.Node],
     output: fx.Node,
     returned: fx.Node,
-    same: Mapping[fx.Node, fx.Node],
-    shapes: Mapping[fx.Node, Sequence[int | torch.SymInt]],
 ) -> fx.GraphModule:
     """The given nodes, in graph order, as a module of `inputs` that returns `returned` [rows, features] as it is after `output`.
 
+    restore   puts an input that will be given in another form into the one the nodes read
     same      other nodes that hold the value of an input
-    shapes    what the nodes expect of an input that is given as [rows, last dimension]
-    KeyError where a node reads something that is neither among `nodes` nor `inputs`, or expects two unknown sizes.
+    KeyError where a node reads something that is neither among `nodes` nor `inputs`.
     """
     graph = fx.Graph()
     here: dict[fx.Node, fx.Node] = {n: graph.placeholder(n.name) for n in inputs}
-    for n, shape in shapes.items():
-        sizes = [int(s) if isinstance(s, int) else -1 for s in shape]
-        if len(sizes) != 2:
-            if sizes.count(-1) > 1:
-                raise KeyError(n)
-            here[n] = graph.call_method("reshape", (here[n], *sizes))
+    for n, restored in {n: restore[n](graph, here) for n in inputs if n in restore}.items():
+        here[n] = restored
     here.update({m: here[n] for m, n in same.items()})
     for n in gm.graph.nodes:
         if n in nodes and n not in here:
             here[n] = graph.node_copy(n, here.__getitem__)
+            here[n].meta.clear()  # example values would keep all that Dynamo knew of the graph
         if n is output:
             break
     result = here[returned]
     graph.output(result if value_of(returned).dim() == 2 else graph.call_method("flatten", (result, 0, -2)))
     return fx.GraphModule(gm, graph)
+
+
+def symbolic(d: int | torch.SymInt) -> bool:
+    """Whether a size is not one plain number (a SymInt may be)."""
+    return not isinstance(d, int) and d.node.maybe_as_int() is None
+
+
+def reshaped(n: fx.Node, sizes: Iterable[fx.Node]) -> Restore:
+    """How a tensor given as [rows, last dimension], or in another dtype, becomes what n was.
+
+    A symbolic dimension is read from the one of `sizes` that has its value; one, at most, is left to reshape().
+    """
+    value = value_of(n)
+    known = {s.meta[key_of(s)].node.expr: s for s in sizes}
+    dims = [known.get(d.node.expr, -1) if symbolic(d) else int(d) for d in value.shape]
+    if dims.count(-1) > 1:
+        raise KeyError("sizes")
+
+    def restore(graph: fx.Graph, here: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        cast = graph.call_method("to", (here[n], value.dtype))
+        return graph.call_method("reshape", (cast, [here[d] if isinstance(d, fx.Node) else d for d in dims]))
+
+    return restore
 
 
 def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> fx.Node:

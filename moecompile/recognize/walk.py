@@ -24,6 +24,12 @@ from moecompile.recognize import dims as D
 from moecompile.recognize.mode import GenericSizes, Loss, RoleMode, load_rules
 from moecompile.recognize.roles import Ids, Leaf, PairRows, Pairs, Role, Sum, SumRows, finished
 
+Autocast = dict[str, tuple[bool, torch.dtype]]  # kind of device -> enabled, dtype
+
+
+def autocast_now() -> Autocast:
+    return {device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in ("cpu", "cuda")}
+
 
 @dataclass
 class End:
@@ -52,6 +58,7 @@ class Walk:
     replaced: dict[fx.Node, fx.Node] = field(default_factory=dict)  # what a rewrite put in the place of a node
     heavy: set[int] = field(default_factory=set)  # ids of tensors that hold rows of the experts
     on_storage: dict[object, list[fx.Node]] = field(default_factory=dict)  # storage -> the nodes that hold a tensor on it
+    autocast: dict[fx.Node, Autocast] = field(default_factory=dict)  # what was in force when a node ran
 
     def when(self, n: fx.Node) -> int:
         """The walk's position at n; for a node that was inserted since, after everything."""
@@ -115,6 +122,7 @@ class _Runner:
         self.result, self.mode, self.values = result, result.mode, result.values
         self.stand_in: dict[int, Tensor] = {}  # id(example value) -> its static double
         self.grad = torch.is_grad_enabled()
+        self.autocast = autocast_now()
         self.outer: list[bool] = []  # whether gradients were followed outside of each inference mode
 
     def static(self, v: Any) -> Any:
@@ -174,6 +182,7 @@ class _Runner:
             return
         if n.op not in ("call_function", "call_method"):
             return
+        self.result.autocast[n] = self.autocast
         value = value_of(n)
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             self.values[n] = mode.sizes(value)
@@ -181,6 +190,7 @@ class _Runner:
         name = getattr(n.target, "__name__", str(n.target))
         if name in _CONTEXTS:
             self.context(n, name, entered)
+            self.autocast = autocast_now()
             return
         if isinstance(n.target, torch._ops.HigherOrderOperator):
             self.opaque(n)

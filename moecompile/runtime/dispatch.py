@@ -4,7 +4,7 @@
     fallback   the original nodes of the layer (runtime.fallback), or the reference in a process that does not have them
     verify     both, for the first calls of a region that asked for it
 
-A layer that runs its backward by the original nodes also ran its forward so: `saved` is then empty of meaning and unread.
+Where a training forward ran without the kernel, what it saved means nothing: the layer's backwards do not read it from then on.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from moecompile.errors import CaptureError
-from moecompile.ir import ops
-from moecompile.ir.spec import experts_from_text
+from moecompile.ir import ops, reference
+from moecompile.ir.spec import experts_from_text, router_from_text
 from moecompile.runtime import fallback
 
 CALLERS = (IndexError, CaptureError)  # the caller's ids, a call before its time: not the kernel's failure
@@ -32,15 +32,14 @@ class Dispatch:
 
     def route(self, logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
         r = fallback.region("route:" + spec)
-        if not r.broken:
+        if r.kernel:
             try:
                 weights, ids = self.kernels.route(logits, bias, spec)
             except Exception as e:
                 fallback.failed(r, e)
             else:
                 if r.due("forward"):
-                    want = self.reference.route(logits, bias, spec)[0]
-                    fallback.compare(r, "a router", "forward", [weights], [want], logits.shape[-1])
+                    fallback.compare(r, "a router", "forward", *_choice(logits, bias, weights, ids, spec), logits.shape[-1])
                 return weights, ids
         return self.reference.route(logits, bias, spec)
 
@@ -49,7 +48,7 @@ class Dispatch:
 
     def route_stats(self, logits: Tensor, bias: Tensor | None, spec: str) -> ops.Stats:
         r = fallback.region("route:" + spec)
-        if not r.broken:
+        if r.kernel:
             try:
                 found = self.kernels.route_stats(logits, bias, spec)
             except Exception as e:
@@ -57,7 +56,8 @@ class Dispatch:
             else:
                 if r.due("forward"):
                     want = self.reference.route_stats(logits, bias, spec)
-                    fallback.compare(r, "a router", "forward", [found[0], *found[3:]], [want[0], *want[3:]], logits.numel())
+                    got, right = _choice(logits, bias, found[0], found[1], spec)
+                    fallback.compare(r, "a router", "forward", [*got, *found[3:]], [*right, *want[3:]], logits.numel())
                 return found
         return self.reference.route_stats(logits, bias, spec)
 
@@ -74,7 +74,7 @@ class Dispatch:
     ) -> list[Tensor]:
         r = fallback.region("route:" + spec)
         arguments = (grad, logits, bias, ids, dprobs, dsquares, spec, needs)
-        if not r.broken:
+        if r.kernel:
             try:
                 found = self.kernels.route_bwd(*arguments)
             except Exception as e:
@@ -90,7 +90,7 @@ class Dispatch:
         self, x: Tensor, weights: Tensor | None, ids: Tensor, params: Sequence[Tensor], sizes: Sequence[int], spec: str, region: str
     ) -> Tensor:
         r = fallback.region(region)
-        if not r.broken:
+        if r.kernel:
             try:
                 out = self.kernels.experts(x, weights, ids, params, sizes, spec, region)
             except CALLERS:
@@ -105,7 +105,7 @@ class Dispatch:
 
     def experts_train(self, x, weights, ids, params, sizes, spec, region):  # type: ignore[no-untyped-def]
         r = fallback.region(region)
-        if not r.broken:
+        if r.kernel:
             try:
                 out, saved = self.kernels.experts_train(x, weights, ids, params, sizes, spec, region)
             except CALLERS:
@@ -116,6 +116,7 @@ class Dispatch:
                 if r.due("forward"):
                     self._verify(r, spec, out, x, weights, ids, params, sizes)
                 return out, saved
+        r.unsaved = True
         s = experts_from_text(spec)
         saved = x.new_zeros(ids.numel(), len(s.projections) * s.intermediate, dtype=s.dtype)
         return self._original(r, x, weights, ids, params, sizes, spec), saved
@@ -123,7 +124,7 @@ class Dispatch:
     def experts_bwd(self, grad, x, weights, ids, params, sizes, spec, region, saved, needs):  # type: ignore[no-untyped-def]
         r = fallback.region(region)
         forward = fallback.original(r, experts_from_text(spec), ids, sizes)
-        if not r.broken:
+        if r.kernel and not r.unsaved:
             try:
                 found = self.kernels.experts_bwd(grad, x, weights, ids, params, sizes, spec, region, saved, needs)
             except CALLERS:
@@ -139,7 +140,7 @@ class Dispatch:
         return ops.gradients(forward, grad, x, weights, params, needs)
 
     def _original(self, r: fallback.Region, x: Tensor, weights: Any, ids: Tensor, params: Any, sizes: Any, spec: str) -> Tensor:
-        fallback.COUNTS["fallback"] += 1
+        fallback.COUNTS["fallback"] += not r.reference
         with torch.no_grad():
             return fallback.original(r, experts_from_text(spec), ids, sizes)(x, weights, params)
 
@@ -150,6 +151,19 @@ class Dispatch:
         with torch.no_grad():
             want = fallback.original(r, s, ids, sizes)(x, weights, params)
         fallback.compare(r, _name(spec), "forward", [out], [want], max(s.hidden, s.intermediate))
+
+
+def _choice(logits: Tensor, bias: Tensor | None, weights: Tensor, ids: Tensor, spec: str) -> tuple[list[Tensor], list[Tensor]]:
+    """A router's result, and what it is to be compared with: ids that tie are as good as any, so the values chosen are compared,
+    and the weights with those of the same ids."""
+    s = router_from_text(spec)
+    at = ids.clamp(0, s.num_experts - 1)
+    choice = reference.choices(s, reference.scores(s, logits), bias)
+    right = [reference.weights_of(s, logits, bias, at), choice.topk(s.top_k, -1).values]
+    ordered = ids.sort(-1).values
+    if not torch.equal(at, ids) or bool((ordered[..., 1:] == ordered[..., :-1]).any()):
+        return [torch.full_like(t, torch.nan) for t in right], right  # no choice of K experts at all
+    return [weights, choice.gather(-1, at).sort(-1, descending=True).values], right
 
 
 def _name(spec: str) -> str:

@@ -29,9 +29,16 @@ class Region:
     original: fx.GraphModule | None
     policy: str = "warn"
     verify: int = 0
-    broken: str = ""
+    reference: bool = False  # asked for: no kernel is to be used
+    broken: str = ""  # why the kernel is not used any more
+    unsaved: bool = False  # a training forward ran without the kernel: what it saved is not what the kernel's backward reads
     verified: Counter[str] = field(default_factory=Counter)  # compared calls, forward and backward
     worst: float = 0.0  # the largest difference seen, in units of what the dtype explains
+
+    @property
+    def kernel(self) -> bool:
+        """Is the kernel to be used?"""
+        return not (self.reference or self.broken)
 
     def due(self, what: str) -> bool:
         """Is this call, "forward" or "backward", to be compared?"""
@@ -43,10 +50,11 @@ COUNTS: Counter[str] = Counter()  # calls by outcome: "kernel", "fallback", "ver
 _lock = threading.Lock()
 
 
-def register(name: str, original: fx.GraphModule | None, policy: str, verify: int, broken: str = "") -> None:
-    """Keep a layer's original nodes; `broken` says why its kernel is not to be used. Registering again starts anew."""
+def register(name: str, original: fx.GraphModule | None, policy: str, verify: int, reference: bool = False) -> None:
+    """Keep a layer's original nodes. Registering again starts anew, but for backwards that may still be to come."""
     with _lock:
-        _REGIONS[name] = Region(original, policy, verify, broken)
+        known = _REGIONS.get(name)
+        _REGIONS[name] = Region(original, policy, verify, reference, unsaved=known is not None and known.unsaved)
 
 
 def region(name: str) -> Region:
@@ -69,10 +77,12 @@ def failed(r: Region, e: Exception) -> None:
     """Note that a layer's kernel failed: it is not tried again."""
     if r.policy == "error":
         raise e
-    if not r.broken:
-        r.broken = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+    with _lock:
+        first = not r.broken
+        r.broken = r.broken or f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+    if first:
         message = f"moecompile: a kernel failed, the original code runs from now on: {r.broken}"
-        log.warning(message)
+        log.info(message, exc_info=e)
         if r.policy == "warn":
             warnings.warn(message, RuntimeWarning, stacklevel=3)
 
@@ -87,7 +97,9 @@ def original(r: Region, spec: ExpertsSpec, ids: Tensor, sizes: Sequence[int]) ->
         if r.original is None:
             return reference.experts(spec, x, weights, ids, params)
         given = [x, *([] if weights is None else [weights]), ids, *params, *sizes]
-        out = r.original(*given)
+        device, dtype, enabled = r.original.meta["autocast"]
+        with torch.autocast(device, dtype, enabled, cache_enabled=False):  # as AOTAutograd traces it
+            out = r.original(*given)
         assert isinstance(out, Tensor)
         return out.contiguous()
 
@@ -114,6 +126,6 @@ def compare(r: Region, layer: str, what: str, got: Sequence[Tensor], want: Seque
         message = f"verify: the {what} of {layer} differs from the original by {worst:.3g} times what its dtype explains"
         if r.policy == "error":
             raise VerifyError(message)
-        log.warning(message)
+        log.info(message)
         if r.policy == "warn":
             warnings.warn(f"moecompile: {message}", RuntimeWarning, stacklevel=3)
