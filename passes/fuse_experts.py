@@ -188,11 +188,15 @@ class _Replacement:
         return [n for n in placeholders if any(u in nodes for u in n.users) or surgery.value_of(n).node.expr in told]
 
     def dense(self, weights: fx.Node, ids: fx.Node) -> surgery.Restore:
-        """Weights [T,K], as the op has them, at their places in [T,E]."""
+        """Weights [T,K], as the op has them, at their places in [T,E] or [E,T]."""
+
+        assert self.layer.weights is not None
+        by_expert = self.by_expert(self.mode.get(self.layer.weights.base))
 
         def restore(graph: fx.Graph, here: Mapping[fx.Node, fx.Node]) -> fx.Node:
             flat = graph.call_method("reshape", (here[ids], [-1, self.spec.top_k]))
-            return graph.call_function(reference.dense_weights, (here[weights], flat, self.spec.num_experts))
+            placed = graph.call_function(reference.dense_weights, (here[weights], flat, self.spec.num_experts))
+            return graph.call_method("t", (placed,)) if by_expert else placed
 
         return restore
 
