@@ -1,7 +1,7 @@
 """MoE layers in torch.export programs: the same passes on an exported graph.
 
-The result is a GraphModule to run, to compile, or to export again; its moe.* ops are custom ops, so moecompile must be
-imported wherever it runs.
+The result is a GraphModule to run, to compile, or to export again (and then to save, or to hand to AOTInductor).  Its moe.* ops
+are custom ops: import moecompile.exported before such a program is loaded, and they run by this machine's kernels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ def fuse(program: torch.export.ExportedProgram, options: dict[str, Any] | None =
     `options` as for torch.compile; ValueError for an unknown one.  `moecompile.report.last()` says what was fused.
     """
     settings = config.resolve(None, options)
-    backend.bind()
     gm = program.module()
     assert isinstance(gm, fx.GraphModule)
     _give_values(gm)
@@ -47,3 +46,6 @@ def _give_values(gm: fx.GraphModule) -> None:
                 found = getattr(found, part)
             if isinstance(found, Tensor):
                 n.meta["val"] = mode.from_tensor(found, static_shapes=True)
+
+
+backend.bind()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._logging._internal import trace_structured
 
 from moecompile.config import Settings
@@ -57,6 +57,8 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.fused} of {len(self.layers)} MoE layers fused in {len(self.graphs)} graph(s)"]
         for i, g in enumerate(self.graphs):
+            if not g.layers:
+                continue
             lines.append(f"graph {i}: {g.nodes_before} nodes, {g.nodes_after} after fusion")
             lines += [f"  {line}" for e in g.layers for line in _lines(e)]
         if not self.layers and not self.breaks:
@@ -246,30 +248,35 @@ def explain(
     compiled = torch.compile(model, backend="moe", options={"fallback": "silent", **(options or {}), "inner": "eager"})
     compiled(*args, **kwargs)
     found = last()
+    if found.breaks and _has_loop(model):
+        found.breaks = list(dict.fromkeys([_LOOP, *found.breaks]))
     dynamo.reset()
     if out is not None:
         found.save(out)
     return found
 
 
-_CURES = (
-    (
-        r"experts?_hit|Could not extract specialized integer|iterat|expert_idx",
-        'transformers\' loop over the experts that were hit cannot be captured: model.set_experts_implementation("grouped_mm")',
-    ),
-)
+_LOOP = 'transformers\' loop over the experts that were hit cannot be captured: model.set_experts_implementation("grouped_mm")'
+
+
+def _has_loop(model: object) -> bool:
+    """Whether a part of the model is set to transformers' loop over experts."""
+    for part in model.modules() if isinstance(model, nn.Module) else ():
+        asked, can_be_set = (
+            getattr(part, name, None) for name in ("get_experts_implementation", "_can_set_experts_implementation")
+        )
+        if asked is not None and "eager" in asked().values() and (can_be_set is None or can_be_set()):
+            return True
+    return False
 
 
 def _breaks() -> list[str]:
     """Why Dynamo broke the graph or skipped a frame, where that may have hidden a layer."""
     from torch._dynamo.utils import counters
 
-    said: list[str] = []
+    said: dict[str, None] = {}
     for kind in ("graph_break", "unimplemented"):
         for reason in counters[kind]:
-            first = " ".join(str(reason).split())[:200]
-            cure = next((c for pattern, c in _CURES if re.search(pattern, str(reason))), "")
-            line = f"{first}{'. ' + cure if cure else ''}"
-            if line not in said:
-                said.append(line)
-    return said
+            loop = re.search(r"experts?_hit|expert_idx", str(reason))
+            said[_LOOP if loop else " ".join(str(reason).split()).partition(" Hint: ")[0][:300]] = None
+    return list(said)

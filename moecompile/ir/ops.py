@@ -315,10 +315,29 @@ class _RouteStats(torch.autograd.Function):
         return _routed_back(ctx, grad, dprobs, dsquares)
 
 
+def _again(
+    forward: Callable[..., Sequence[Tensor]], given: Sequence[Tensor | None], needs: Sequence[bool], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients by autograd through the reference, for who differentiates them in turn (create_graph=True): kernels have no
+    second derivative.  AOTAutograd, which has none either, never comes here."""
+    apart = [None if t is None else t.view_as(t) for t in given]  # one may have been computed from another
+    pairs = [(out, g) for out, g in zip(forward(*apart), grads, strict=True) if g is not None]
+    wanted = [t for t, n in zip(apart, needs, strict=True) if n and t is not None]
+    found = torch.autograd.grad([out for out, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True)
+    left = iter(found)
+    return [next(left) if n and t is not None else None for t, n in zip(given, needs, strict=True)]
+
+
 def _routed_back(ctx: Any, grad: Tensor, dprobs: Tensor | None, dsquares: Tensor | None) -> tuple[Any, ...]:
     logits, bias, ids = ctx.saved_tensors
     reached = router_from_text(ctx.spec).weights_from == "choice"
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[1] and reached]
+    if torch.is_grad_enabled():
+
+        def forward(logits: Tensor, bias: Tensor | None) -> Sequence[Tensor]:
+            return reference.weights_of(router_from_text(ctx.spec), logits, bias, ids), *reference.statistics(logits, ids)[1:]
+
+        return *_again(forward, (logits, bias), needs, (grad, dprobs, dsquares)), None
     found = torch.ops.moe._route_bwd.default(grad, logits, bias, ids, dprobs, dsquares, ctx.spec, needs)
     return *(g if n else None for g, n in zip(found, needs, strict=True)), None
 
@@ -335,6 +354,10 @@ class _Experts(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, weights, ids, saved, *params = ctx.saved_tensors
         needs = [ctx.needs_input_grad[i] for i in (0, 1, *range(6, 6 + len(params)))]
+        if torch.is_grad_enabled():
+            s = experts_from_text(ctx.given[1])
+            dx, dw, *dp = _again(lambda x, w, *p: [reference.experts(s, x, w, ids, p)], (x, weights, *params), needs, [grad])
+            return dx, dw, None, None, None, None, *dp
         found = torch.ops.moe._experts_bwd.default(grad, x, weights, ids, params, *ctx.given, saved, needs)
         dx, dw, *dp = (g if n else None for g, n in zip(found, needs, strict=True))
         return dx, dw, None, None, None, None, *dp

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import runpy
 import sys
 from typing import Any
 
 import torch
+
+from moecompile.tools import example
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,8 @@ def main(arguments: argparse.Namespace) -> int:
         model, inputs, named = load(arguments)
         if arguments.out is not None and arguments.out.suffix not in (".json", ".html"):
             raise ValueError(f"--out {arguments.out}: a report is written as .json or .html")
+        if arguments.out is not None and not arguments.out.resolve().parent.is_dir():
+            raise ValueError(f"--out {arguments.out}: there is no folder {arguments.out.resolve().parent}")
     except (ValueError, OSError) as error:
         print(f"moecompile explain: {error}", file=sys.stderr)
         return 2
@@ -41,11 +44,9 @@ def main(arguments: argparse.Namespace) -> int:
 def load(arguments: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The model with the inputs of one call, by position and by name. ValueError: neither a file nor a family."""
     if arguments.model.endswith(".py"):
-        scope = runpy.run_path(arguments.model)
-        if "example" not in scope:
-            raise ValueError(f"{arguments.model}: has no function example() -> (model, inputs)")
-        model, inputs = scope["example"]()
-        return model, tuple(inputs), {}
+        if arguments.experts:
+            raise ValueError(f"--experts is for a transformers family, not for {arguments.model}")
+        return *example.load(arguments.model), {}
     from moecompile.tools import families
 
     model, named = families.build(arguments.model)

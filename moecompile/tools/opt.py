@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import runpy
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
+
+from moecompile.tools import example
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,18 +42,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in PASSES:
             nearest = difflib.get_close_matches(name, PASSES, 1, 0.0)
             parser.error(f"unknown pass {name!r} (did you mean {nearest[0]!r}?); moe-opt --list prints them all")
-    show(capture(given.file), names, given.last)
+    try:
+        gm = capture(given.file)
+    except (ValueError, OSError) as error:
+        print(f"moe-opt: {error}", file=sys.stderr)
+        return 2
+    show(gm, names, given.last)
     return 0
 
 
 def capture(file: str) -> fx.GraphModule:
     """The Dynamo graph of the file's example(). ValueError where there is no single graph."""
     import torch
+    from torch._dynamo.exc import TorchDynamoException
 
-    scope = runpy.run_path(file)
-    if "example" not in scope:
-        raise ValueError(f"{file}: has no function example() -> (module or function, inputs)")
-    function, inputs = scope["example"]()
+    function, inputs = example.load(file)
     graphs: list[fx.GraphModule] = []
 
     def record(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -61,7 +65,11 @@ def capture(file: str) -> fx.GraphModule:
 
     torch.compiler.reset()
     compiled: Callable[..., Any] = torch.compile(function, backend=record, fullgraph=True)
-    compiled(*inputs)
+    try:
+        compiled(*inputs)
+    except TorchDynamoException as e:
+        said = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise ValueError(f"{file}: Dynamo does not capture example() in one graph: {said}") from e
     if len(graphs) != 1:
         raise ValueError(f"{file}: example() gives {len(graphs)} graphs, needs 1")
     return graphs[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -327,3 +329,22 @@ def test_fallback_warn_warns_once() -> None:
             assert torch.isfinite(call(torch.randn(10, 16))).all()
     ours = [str(w.message) for w in caught if "moe" in str(w.message).lower()]
     assert len(ours) == 1, ours
+
+
+@pytest.mark.parametrize("form", ["batched", "loop_where", "dense"])
+def test_gradients_of_gradients(form: str) -> None:
+    """Where the graph is left to eager autograd; AOTAutograd refuses. A kernel's gradients are no constants."""
+    module = _recipe(form).make()
+    x = torch.randn(6, 16, requires_grad=True)
+    leaves = [x, *module.parameters()]
+
+    def second(call: Callable[..., Any]) -> Sequence[Tensor]:
+        y, *_ = call(x)
+        first = torch.autograd.grad(y.pow(2).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves)
+
+    call = outcome.compiled(module, kernels="auto")
+    for got, want in zip(second(call), second(module), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+    with pytest.raises(RuntimeError, match="double backward"):
+        second(outcome.compiled(module, "aot_eager"))

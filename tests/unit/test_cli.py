@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from moecompile import exported
 from moecompile.passes import PASSES
 from moecompile.tools import demo, demo_models, demo_text, families, opt, progress
 from moecompile.tools.main import COMMANDS, main
+from tests.models.layer import Recipe
 
 FILECHECK = pathlib.Path(__file__).resolve().parents[1] / "filecheck"
 
@@ -35,10 +39,78 @@ def test_opt_names_the_nearest_pass(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'fuse-experts'" in capsys.readouterr().err
 
 
-def test_opt_needs_an_example(tmp_path: pathlib.Path) -> None:
-    (tmp_path / "empty.py").write_text("")
-    with pytest.raises(ValueError, match=r"no function example\(\)"):
-        opt.capture(str(tmp_path / "empty.py"))
+FILES = {
+    "": r"no function example\(\)",
+    "def example(: pass": r"broken.py:1: invalid syntax",
+    "import no_such_module": r"No module named 'no_such_module'",
+    "def example(): return 3": r"returns \(int\), needs \(module or function, tuple of inputs\)",
+    "import torch\ndef example(): return torch.relu, torch.ones(2)": r"returns \(.*, Tensor\), needs",
+}
+
+
+@pytest.mark.parametrize("text", FILES, ids=list(FILES.values()))
+def test_files_that_are_no_examples(text: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.py").write_text(text)
+    for status, command in ((opt.main, []), (main, ["explain"])):
+        assert status([*command, str(tmp_path / "broken.py")]) == 2
+        assert re.search(FILES[text], capsys.readouterr().err)
+
+
+def test_files_that_are_not_there(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert opt.main([str(tmp_path / "none.py")]) == 2 == main(["explain", str(tmp_path / "none.py")])
+    assert capsys.readouterr().err.count("No such file") == 2
+
+
+BROKEN = """
+import torch
+
+def f(x):
+    torch._dynamo.graph_break()
+    return x
+
+def example():
+    return f, (torch.ones(2),)
+"""
+
+
+def test_opt_says_why_there_is_no_graph(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN)
+    assert opt.main([str(tmp_path / "broken.py")]) == 2
+    assert re.search(r"does not capture example\(\) in one graph: .*graph_break", capsys.readouterr().err)
+
+
+def test_explain_names_the_cure_for_the_loop_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    assert main(["explain", "mixtral", "--experts", "eager"]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count('set_experts_implementation("grouped_mm")') == 1 and "graph 0" not in printed
+
+
+@pytest.mark.parametrize("given", [["x.py", "--experts", "eager"], ["x.py", "--out", "x.txt"], ["x.py", "--out", "none/x.json"]])
+def test_explain_refuses(given: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.py").write_text("import torch\ndef example(): return torch.relu, (torch.ones(2),)")
+    assert main(["explain", str(tmp_path / given[0]), *given[1:]]) == 2
+    assert capsys.readouterr().err.startswith("moecompile explain: ")
+
+
+LOADING = """
+import moecompile.exported, sys, torch
+from moecompile.codegen.cpu import CpuImplementation
+
+CpuImplementation.experts = lambda *a: print("kernel called") or torch.full((5, 16), 7.0)
+with torch.no_grad():
+    print(torch.export.load(sys.argv[1]).module()(torch.ones(5, 16))[0].mean())
+"""
+
+
+def test_an_exported_program_runs_by_kernels_elsewhere(tmp_path: pathlib.Path) -> None:
+    """In a process that imports moecompile.exported and nothing else."""
+    x = torch.randn(5, 16)
+    fused = exported.fuse(torch.export.export(Recipe().make(), (x,)), {"kernels": "reference"})
+    torch.export.save(torch.export.export(fused, (x,)), tmp_path / "fused.pt2")
+    command = [sys.executable, "-W", "ignore", "-c", LOADING, str(tmp_path / "fused.pt2")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert "kernel called" in done.stdout and "7." in done.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)

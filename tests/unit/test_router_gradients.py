@@ -51,6 +51,7 @@ def test_gradcheck(name: str, device: bool) -> None:
         return torch.ops.moe.route(logits, bias, text)[0]  # type: ignore[no-any-return]
 
     assert torch.autograd.gradcheck(weights_of, (logits, bias))
+    assert torch.autograd.gradgradcheck(weights_of, (logits, bias))
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -67,6 +68,7 @@ def test_gradcheck_with_statistics(name: str, device: bool) -> None:
 
     assert ("_RouteStats" in str(differentiable(logits, bias)[1].grad_fn)) == device
     assert torch.autograd.gradcheck(differentiable, (logits, bias))
+    assert torch.autograd.gradgradcheck(differentiable, (logits, bias))
 
 
 @pytest.mark.parametrize("used", range(3), ids=("weights", "probs", "squares"))
