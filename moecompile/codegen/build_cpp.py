@@ -1,8 +1,8 @@
 """C++ source to a loaded library: the compiler, its flags, and the cache of what it built.
 
 A library is named by the hash of all it depends on: source, headers, compiler version, flags and CPU.  The cache folder is
-ours alone (0700, owner checked, as loading a library runs it), files appear in it by rename, and where there is no such
-folder a private temporary one serves.
+ours alone (0700, owner checked, as loading a library runs it), files appear in it by rename and end with a hash of the rest (a
+torn library would not fail to load but end the process), and where there is no such folder a private temporary one serves.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _openmp() -> Path | None:
 def _library(key: str, source: str, target: tuple[str, ...]) -> Path:
     folder = cache_folder()
     library = folder / f"{key}.so"
-    if _ours(library):
+    if _ours(library) and _whole(library):
         return library
     try:
         work = Path(tempfile.mkdtemp(prefix="build-", dir=folder))
@@ -138,6 +138,8 @@ def _library(key: str, source: str, target: tuple[str, ...]) -> Path:
         _run([cxx, *_FLAGS, *target, f"-I{headers()}", "-c", "kernel.cpp", "-o", "kernel.o"], work)
         openmp = _openmp()
         _run([cxx, "-shared", "kernel.o", "-o", "kernel.so", *([str(openmp)] if openmp else ["-fopenmp"])], work)
+        with open(work / "kernel.so", "r+b") as file:
+            file.write(hashlib.sha256(file.read()).digest())
         os.replace(work / "kernel.so", library)
     except OSError as e:
         raise BuildError(f"a kernel could not be written to {folder}: {e}") from e
@@ -195,6 +197,11 @@ def _private_folder(why: str) -> Path:
         _warned = True
         warnings.warn(f"moecompile: kernels are built anew in every process: {why}", stacklevel=2)
     return _private()
+
+
+def _whole(library: Path) -> bool:
+    content = library.read_bytes()
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _ours(file: Path) -> bool:

@@ -40,14 +40,30 @@ def test_a_compiler_error_is_shown() -> None:
         build_cpp.load("this_is_no_type x;\n")
 
 
-def test_a_torn_library_is_built_again(own_cache: pathlib.Path) -> None:
-    own_cache.mkdir(mode=0o700)
-    torn = own_cache / f"{build_cpp.cache_key(SOURCE % 3)}.so"
-    torn.write_bytes(b"torn")
-    torn.chmod(0o700)
-    with pytest.raises(BuildError, match="does not load"):
-        build_cpp.load(SOURCE % 3)
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9])
+def test_a_torn_library_is_built_again(kept: float, own_cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading half a library ends the process by SIGBUS."""
+    build_cpp.load(SOURCE % 3)
+    (built,) = own_cache.iterdir()
+    content = built.read_bytes()
+    built.unlink()  # this process has it mapped
+    built.write_bytes(content[: int(len(content) * kept)])
+    built.chmod(0o700)
+    monkeypatch.setattr(build_cpp, "_loaded", {})
     assert build_cpp.load(SOURCE % 3).answer() == 3
+    assert len(built.read_bytes()) == len(content)
+
+
+def test_a_library_that_does_not_load_is_an_error_once(own_cache: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole, but made for another machine: removed, so that the next process builds it."""
+    run = build_cpp._run
+    monkeypatch.setattr(
+        build_cpp, "_run", lambda command, folder: (run(command, folder), (folder / "kernel.so").write_bytes(b"foreign"))
+    )
+    with pytest.raises(BuildError, match="does not load"):
+        build_cpp.load(SOURCE % 6)
+    monkeypatch.setattr(build_cpp, "_run", run)
+    assert build_cpp.load(SOURCE % 6).answer() == 6
 
 
 @pytest.mark.parametrize("spoil", ["writable by all", "a file"])
