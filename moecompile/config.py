@@ -155,6 +155,8 @@ def _sort(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     ours: dict[str, Any] = {}
     inductor: dict[str, Any] = {}
     for written, value in options.items():
+        if not isinstance(written, str):
+            raise ValueError(f"option {written!r} is a {type(written).__name__}, needs to be a name")
         key = written.replace("-", "_")
         name = key.removeprefix("moe.")
         if name in BY_NAME:
@@ -197,6 +199,8 @@ def _check_inductor(written: str, key: str, value: object) -> object:
     if key not in known:
         raise _unknown_option(written, [*(name for name, o in BY_NAME.items() if not o.process), *known])
     needed = inductor.get_type(key)  # type: ignore[attr-defined]
+    if needed is float and type(value) is int:
+        value = float(value)
     if typing.get_origin(needed) is None and isinstance(needed, type) and not isinstance(value, needed):
         raise ValueError(f"option {written!r} of Inductor: {value!r} is a {type(value).__name__}, needs a {needed.__name__}")
     return value

@@ -20,7 +20,7 @@ def main(arguments: argparse.Namespace) -> int:
     found = {path.stem: path for path in FOLDER.glob("[a-z]*.py")} | {p.parent.name: p for p in FOLDER.glob("*/__main__.py")}
     found = dict(sorted(found.items()))
     if not found:
-        print(f"moecompile bench: the benchmarks are not installed; they are in the repository ({FOLDER})", file=sys.stderr)
+        print("moecompile bench: the benchmarks are not installed: run it from a checkout of the repository", file=sys.stderr)
         return 2
     if arguments.name is None:
         for name, path in found.items():

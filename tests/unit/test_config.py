@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from typing import Any
 
 import pytest
 import torch
@@ -64,13 +65,18 @@ def test_an_option_refines_a_mode() -> None:
         (None, {"inner": "inductr"}, "did you mean 'inductor'"),
         (None, {"max_autotune": 3}, "needs a bool"),
         (None, {"cache_dir": "/x"}, "MOECOMPILE_CACHE_DIR"),
+        (None, {3: 4}, "option 3 is a int, needs to be a name"),
         (None, {"verify": 1, "moe.verify": 2}, "given twice"),
         ("default", {"mode": "default"}, "given twice"),
     ],
 )
-def test_refusals_name_the_cure(mode: str | None, options: dict[str, object] | None, words: str) -> None:
+def test_refusals_name_the_cure(mode: str | None, options: dict[Any, object] | None, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         config.resolve(mode, options)
+
+
+def test_a_whole_number_is_a_float_option() -> None:
+    assert config.resolve(None, {"cpu_gpu_bw": 16}).inductor == {"cpu_gpu_bw": 16.0}
 
 
 def test_call_beats_environment_beats_default(monkeypatch: pytest.MonkeyPatch) -> None:
