@@ -51,6 +51,8 @@ def moe(
         doing = "rewriting" if candidate is None else "compiling the rewritten graph"
         if settings.strict or settings.fallback == "error":
             raise VerifyError(f"{doing} failed: {type(error).__name__}: {error}") from error
+        if candidate is not None:
+            report.decline_last(f"{doing} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
         report.internal_failure(doing, error, settings)
     return lower(gm, example_inputs, settings)
 

@@ -191,14 +191,17 @@ def withdraw() -> None:
     _REPORTS.pop()
 
 
+def decline_last(reason: str) -> None:
+    """The layers of the graph noted last run as they were written after all."""
+    for entry in _REPORTS[-1].layers:
+        entry.status, entry.reason = "declined", reason
+
+
 def internal_failure(doing: str, e: Exception, settings: Settings) -> None:
     """Say that the compiler itself failed and the original graph is used."""
     first = str(e).splitlines()[0] if str(e) else ""
     message = f"moecompile: {doing} failed, the original graph is compiled: {type(e).__name__}: {first}"
     log.info(message, exc_info=e)
-    if doing.startswith("compiling") and _REPORTS:
-        for entry in _REPORTS[-1].layers:
-            entry.status, entry.reason = "declined", f"{doing} failed: {type(e).__name__}: {first}"
     if settings.fallback != "silent":
         warn_once(message)
 

@@ -177,19 +177,18 @@ class _Replacement:
         self.context.regions[name] = original
         return name
 
-    def is_size(self, n: fx.Node) -> bool:
-        return isinstance(surgery.value_of(n), torch.SymInt)
+    def size_inputs(self) -> list[fx.Node]:
+        """The inputs of the graph that are symbolic sizes."""
+        return [n for n in self.walk.nodes if n.op == "placeholder" and isinstance(surgery.value_of(n), torch.SymInt)]
 
     def sizes_for(self, nodes: set[fx.Node], tokens: list[fx.Node]) -> list[fx.Node]:
         """The symbolic sizes that the original nodes read, and those that tell a live-in of several symbolic dimensions apart."""
-        placeholders = [n for n in self.walk.nodes if n.op == "placeholder" and self.is_size(n)]
         symbolic = [[d.node.expr for d in surgery.value_of(n).shape if surgery.symbolic(d)] for n in tokens]
         told = {expr for dims in symbolic if len(dims) > 1 for expr in dims}
-        return [n for n in placeholders if any(u in nodes for u in n.users) or surgery.value_of(n).node.expr in told]
+        return [n for n in self.size_inputs() if any(u in nodes for u in n.users) or surgery.value_of(n).node.expr in told]
 
     def dense(self, weights: fx.Node, ids: fx.Node) -> surgery.Restore:
         """Weights [T,K], as the op has them, at their places in [T,E] or [E,T]."""
-
         assert self.layer.weights is not None
         by_expert = self.by_expert(self.mode.get(self.layer.weights.base))
 
@@ -243,19 +242,13 @@ class _Replacement:
             return new
         with value.fake_mode, torch.no_grad():
             new.meta[key] = value.new_empty((math.prod(value.shape[:-1]), value.shape[-1]))
-        sizes = [self.size(s) for s in value.shape]
-        if sum(s is None for s in sizes) > 1:
-            raise Unsupported("the output has two dimensions of unknown size")
-        node = self.graph.call_method("reshape", (new, *(-1 if s is None else s for s in sizes)))
+        try:
+            sizes = surgery.dimensions(value.shape, self.size_inputs())
+        except KeyError:
+            raise Unsupported("the output has two dimensions of unknown size") from None
+        node = self.graph.call_method("reshape", (new, *sizes))
         node.meta.update(like.meta)
         return node
-
-    def size(self, s: int | torch.SymInt) -> int | fx.Node | None:
-        """A size, or the input of the graph that holds it."""
-        if isinstance(s, int):
-            return s
-        held = [n for n in self.walk.nodes if n.op == "placeholder" and self.is_size(n)]
-        return next((n for n in held if surgery.value_of(n).node.expr == s.node.expr), None)
 
     def unshared(self, ref: Ref) -> fx.Node:
         """The node, or a copy of it where the value is overwritten later and the op's backward would still need it."""

@@ -80,8 +80,8 @@ template <class E, int N>
 struct Columns {
   const E* p;
   int64_t stride;
-  const E* next;                         // the same for the rows to fetch meanwhile, or null
-  typename Arithmetic<E>::Packed* panel; // room for the panel, or null
+  const E* next;                          // the same for the rows to fetch meanwhile, or null
+  typename Arithmetic<E>::Packed* panel;  // room for the panel, or null
 };
 
 enum class From { MEMORY, MEMORY_TO_PANEL, PANEL };

@@ -157,16 +157,22 @@ def symbolic(d: int | torch.SymInt) -> bool:
     return not isinstance(d, int) and d.node.maybe_as_int() is None
 
 
-def reshaped(n: fx.Node, sizes: Iterable[fx.Node]) -> Restore:
-    """How a tensor given as [rows, last dimension], or in another dtype, becomes what n was.
+def dimensions(shape: Iterable[int | torch.SymInt], sizes: Iterable[fx.Node]) -> list[int | fx.Node]:
+    """A shape as reshape() takes it: a symbolic dimension is the one of `sizes` that has its value, and one, at most, is -1.
 
-    A symbolic dimension is read from the one of `sizes` that has its value; one, at most, is left to reshape().
+    KeyError where more of them are in no node.
     """
-    value = value_of(n)
-    known = {s.meta[key_of(s)].node.expr: s for s in sizes}
-    dims = [known.get(d.node.expr, -1) if symbolic(d) else int(d) for d in value.shape]
+    known = {value_of(s).node.expr: s for s in sizes}
+    dims = [known.get(d.node.expr, -1) if symbolic(d) else int(d) for d in shape]  # type: ignore[union-attr]
     if dims.count(-1) > 1:
         raise KeyError("sizes")
+    return dims
+
+
+def reshaped(n: fx.Node, sizes: Iterable[fx.Node]) -> Restore:
+    """How a tensor given as [rows, last dimension], or in another dtype, becomes what n was."""
+    value = value_of(n)
+    dims = dimensions(value.shape, sizes)
 
     def restore(graph: fx.Graph, here: Mapping[fx.Node, fx.Node]) -> fx.Node:
         cast = graph.call_method("to", (here[n], value.dtype))

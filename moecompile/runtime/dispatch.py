@@ -9,8 +9,8 @@ Where a training forward ran without the kernel, what it saved means nothing: th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from moecompile.ir import ops, reference
 from moecompile.ir.spec import experts_from_text, router_from_text
 from moecompile.runtime import fallback
 
+Found = TypeVar("Found")
 CALLERS = (IndexError, CaptureError)  # the caller's ids, a call before its time: not the kernel's failure
 
 
@@ -32,34 +33,26 @@ class Dispatch:
 
     def route(self, logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
         r = fallback.region("route:" + spec)
-        if r.kernel:
-            try:
-                weights, ids = self.kernels.route(logits, bias, spec)
-            except Exception as e:
-                fallback.failed(r, e)
-            else:
-                if r.due("forward"):
-                    fallback.compare(r, "a router", "forward", *_choice(logits, bias, weights, ids, spec), logits.shape[-1])
-                return weights, ids
-        return self.reference.route(logits, bias, spec)
+        found = _tried(r, self.kernels.route, logits, bias, spec)
+        if found is None:
+            return self.reference.route(logits, bias, spec)
+        if r.due("forward"):
+            fallback.compare(r, "a router", "forward", *_choice(logits, bias, *found, spec), logits.shape[-1])
+        return found
 
     def differentiates(self, spec: str) -> bool:
         return self.kernels.differentiates(spec)
 
     def route_stats(self, logits: Tensor, bias: Tensor | None, spec: str) -> ops.Stats:
         r = fallback.region("route:" + spec)
-        if r.kernel:
-            try:
-                found = self.kernels.route_stats(logits, bias, spec)
-            except Exception as e:
-                fallback.failed(r, e)
-            else:
-                if r.due("forward"):
-                    want = self.reference.route_stats(logits, bias, spec)
-                    got, right = _choice(logits, bias, found[0], found[1], spec)
-                    fallback.compare(r, "a router", "forward", [*got, *found[3:]], [*right, *want[3:]], logits.numel())
-                return found
-        return self.reference.route_stats(logits, bias, spec)
+        found = _tried(r, self.kernels.route_stats, logits, bias, spec)
+        if found is None:
+            return self.reference.route_stats(logits, bias, spec)
+        if r.due("forward"):
+            want = self.reference.route_stats(logits, bias, spec)
+            got, right = _choice(logits, bias, found[0], found[1], spec)
+            fallback.compare(r, "a router", "forward", [*got, *found[3:]], [*right, *want[3:]], logits.numel())
+        return found
 
     def route_bwd(
         self,
@@ -74,70 +67,51 @@ class Dispatch:
     ) -> list[Tensor]:
         r = fallback.region("route:" + spec)
         arguments = (grad, logits, bias, ids, dprobs, dsquares, spec, needs)
-        if r.kernel:
-            try:
-                found = self.kernels.route_bwd(*arguments)
-            except Exception as e:
-                fallback.failed(r, e)
-            else:
-                if r.due("backward"):
-                    want = self.reference.route_bwd(*arguments)
-                    fallback.compare(r, "a router", "backward", found, want, max(grad.numel(), logits.shape[-1]))
-                return found
-        return self.reference.route_bwd(*arguments)
+        found = _tried(r, self.kernels.route_bwd, *arguments)
+        if found is None:
+            return self.reference.route_bwd(*arguments)
+        if r.due("backward"):
+            want = self.reference.route_bwd(*arguments)
+            fallback.compare(r, "a router", "backward", found, want, max(grad.numel(), logits.shape[-1]))
+        return found
 
     def experts(
         self, x: Tensor, weights: Tensor | None, ids: Tensor, params: Sequence[Tensor], sizes: Sequence[int], spec: str, region: str
     ) -> Tensor:
         r = fallback.region(region)
-        if r.kernel:
-            try:
-                out = self.kernels.experts(x, weights, ids, params, sizes, spec, region)
-            except CALLERS:
-                raise
-            except Exception as e:
-                fallback.failed(r, e)
-            else:
-                if r.due("forward"):
-                    self._verify(r, spec, out, x, weights, ids, params, sizes)
-                return out
-        return self._original(r, x, weights, ids, params, sizes, spec)
+        out = _tried(r, self.kernels.experts, x, weights, ids, params, sizes, spec, region, callers=CALLERS)
+        if out is None:
+            return self._original(r, x, weights, ids, params, sizes, spec)
+        if r.due("forward"):
+            self._verify(r, spec, out, x, weights, ids, params, sizes)
+        return out
 
     def experts_train(self, x, weights, ids, params, sizes, spec, region):  # type: ignore[no-untyped-def]
         r = fallback.region(region)
-        if r.kernel:
-            try:
-                out, saved = self.kernels.experts_train(x, weights, ids, params, sizes, spec, region)
-            except CALLERS:
-                raise
-            except Exception as e:
-                fallback.failed(r, e)
-            else:
-                if r.due("forward"):
-                    self._verify(r, spec, out, x, weights, ids, params, sizes)
-                return out, saved
-        r.unsaved = True
-        s = experts_from_text(spec)
-        saved = x.new_zeros(ids.numel(), len(s.projections) * s.intermediate, dtype=s.dtype)
-        return self._original(r, x, weights, ids, params, sizes, spec), saved
+        found = _tried(r, self.kernels.experts_train, x, weights, ids, params, sizes, spec, region, callers=CALLERS)
+        if found is None:
+            r.unsaved = True
+            s = experts_from_text(spec)
+            saved = x.new_zeros(ids.numel(), len(s.projections) * s.intermediate, dtype=s.dtype)
+            return self._original(r, x, weights, ids, params, sizes, spec), saved
+        if r.due("forward"):
+            self._verify(r, spec, found[0], x, weights, ids, params, sizes)
+        return found
 
     def experts_bwd(self, grad, x, weights, ids, params, sizes, spec, region, saved, needs):  # type: ignore[no-untyped-def]
         r = fallback.region(region)
         forward = fallback.original(r, experts_from_text(spec), ids, sizes)
-        if r.kernel and not r.unsaved:
-            try:
-                found = self.kernels.experts_bwd(grad, x, weights, ids, params, sizes, spec, region, saved, needs)
-            except CALLERS:
-                raise
-            except Exception as e:
-                fallback.failed(r, e)
-            else:
-                if r.due("backward"):
-                    want = ops.gradients(forward, grad, x, weights, params, needs)
-                    length = max(x.shape[0], x.shape[1], grad.shape[1])
-                    fallback.compare(r, _name(spec), "backward", found, want, length)
-                return found
-        return ops.gradients(forward, grad, x, weights, params, needs)
+        found = None
+        if not r.unsaved:
+            arguments = (grad, x, weights, ids, params, sizes, spec, region, saved, needs)
+            found = _tried(r, self.kernels.experts_bwd, *arguments, callers=CALLERS)
+        if found is None:
+            return ops.gradients(forward, grad, x, weights, params, needs)
+        if r.due("backward"):
+            want = ops.gradients(forward, grad, x, weights, params, needs)
+            length = max(x.shape[0], x.shape[1], grad.shape[1])
+            fallback.compare(r, _name(spec), "backward", found, want, length)
+        return found
 
     def _original(self, r: fallback.Region, x: Tensor, weights: Any, ids: Tensor, params: Any, sizes: Any, spec: str) -> Tensor:
         fallback.COUNTS["fallback"] += not r.reference
@@ -151,6 +125,21 @@ class Dispatch:
         with torch.no_grad():
             want = fallback.original(r, s, ids, sizes)(x, weights, params)
         fallback.compare(r, _name(spec), "forward", [out], [want], max(s.hidden, s.intermediate))
+
+
+def _tried(
+    r: fallback.Region, kernel: Callable[..., Found], *arguments: Any, callers: tuple[type[Exception], ...] = ()
+) -> Found | None:
+    """What the kernel returns; None where it is not to be used, or fails and will not be used again. `callers` go through."""
+    if not r.kernel:
+        return None
+    try:
+        return kernel(*arguments)
+    except callers:
+        raise
+    except Exception as e:
+        fallback.failed(r, e)
+        return None
 
 
 def _choice(logits: Tensor, bias: Tensor | None, weights: Tensor, ids: Tensor, spec: str) -> tuple[list[Tensor], list[Tensor]]:
