@@ -17,8 +17,8 @@ from tests.models.numbers import Numbers, run, wrong
 
 @dataclass(frozen=True)
 class Verdict:
-    """kind: "fused", "declined", "unseen" (not even a near miss), "impossible" (eager cannot run it
-    either), "wrong" or "crash".
+    """kind: "fused", "declined", "unseen" (not even a near miss), "impossible" (eager, or torch.compile
+    without this backend, cannot run it either), "wrong" or "crash".
 
     asked: a recogniser must be able to fuse this form. router: the router was fused. detail: the reason, or what is wrong.
     """
@@ -91,14 +91,39 @@ def check(seed: int) -> Verdict:
     """The verdict on the case of that seed.
 
     The gradient of a clamp jumps at its bound: in 16 bits a value may lie on the one side, exactly on the other.  Where such a
-    gradient is off, the same case in float32 decides.
+    gradient is off, the same case in float32 decides.  Where a case crashes that crashes too as torch alone compiles it, it is
+    no case.
     """
     case = draw(seed)
     found = _check(case)
-    kinked = "clamped" in case.recipe.activation and case.recipe.dtype in (torch.bfloat16, torch.float16)
-    if found.kind == "wrong" and kinked and found.detail.startswith("gradient"):
-        return _check(replace(case, recipe=replace(case.recipe, dtype=torch.float32)))
+    narrow = case.recipe.around == "autocast" or case.recipe.dtype in (torch.bfloat16, torch.float16)
+    if found.kind == "wrong" and narrow and _kinked(case.recipe.activation) and found.detail.startswith("gradient"):
+        around = "" if case.recipe.around == "autocast" else case.recipe.around
+        return _check(replace(case, recipe=replace(case.recipe, dtype=torch.float32, around=around)))
+    if found.kind == "crash":
+        fails = _torch_alone(case)
+        return Verdict("impossible", case, fails) if fails else found
     return found
+
+
+def _kinked(activation: str) -> bool:
+    return "clamped" in activation or activation == "gpt_oss"
+
+
+def _torch_alone(case: Case) -> str:
+    """How the case fails without this backend, or nothing."""
+    made = _make(case)
+    if isinstance(made, Verdict):
+        return made.detail
+    module, inputs, _ = made
+    torch._dynamo.reset()
+    try:
+        call = torch.compile(module, backend=case.inner, dynamic=case.dynamic)
+        for x in inputs:
+            run(call, module, [x], case.train, case.expanded)
+    except Exception as e:
+        return f"{type(e).__name__}: {str(e)[:200]}"
+    return ""
 
 
 def _check(case: Case) -> Verdict:
