@@ -1,4 +1,4 @@
-// What a call of an expert kernel is given, and the sorting of its pairs.  Every member is 64 bits wide: the caller fills an
+// What a call of a kernel is given, and the sorting of its pairs.  Every member is 64 bits wide: the caller fills an
 // array of integers in this order.
 #pragma once
 #include <atomic>
@@ -8,7 +8,7 @@
 
 enum Dtype : int64_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum WeightOn : int64_t { NOWHERE = 0, OUTPUT = 1, INPUT = 2 };
-enum Status : int { DONE = 0, BAD_ID = 1, NO_MEMORY = 2 };
+enum Status : int { DONE = 0, BAD_ID = 1, NO_MEMORY = 2, UNSURE = 3 };
 
 // One parameter view [E, N, K], or [E, N] with k = 0.  Expert e starts `start` elements into table[e] or e * e_ elements
 // further into base.  base and table 0: absent.
@@ -61,6 +61,30 @@ struct Call {
     const int64_t i = ids_wide ? ((const int64_t*)ids)[pair] : ((const int32_t*)ids)[pair];
     return i < 0 && index_ids ? i + E : i;
   }
+};
+
+// A router's call: see router.h.
+struct RouterCall {
+  int64_t T, E, K, threads, sorted;       // sorted 2: the first of the largest, as argmax has it
+  const char *scores, *bias, *logits;     // [T,E] contiguous or null, [E] or null, [T,E] contiguous (for softmax, weights from logits)
+  int64_t softmax;                        // scores are the softmax of logits in float32, with neither bias nor groups
+  int64_t score_dtype, bias_dtype, logits_dtype, choice_dtype;
+  int64_t groups, group_k, group_top2;    // groups 0: no limit
+  double fill;
+  int64_t weights_from;                   // 0 score, 1 choice, 2 logits
+  const int64_t* steps;                   // triples: Step, and two doubles or a dtype
+  int64_t count;
+  char* weights;                          // [T,K]
+  int64_t weights_dtype;
+  int64_t* ids;                           // [T,K]
+};
+
+// A router and its experts: what lies between them, [T,K] each, is in memory of this call.
+template <int P>
+struct RoutedCall {
+  int (*route)(const RouterCall*);        // entry of the router's library
+  RouterCall router;                      // weights and ids null
+  Call<P> experts;                        // weights and ids null
 };
 
 // Memory of one call, in pieces aligned to cache lines.  One block between KEEP and MOST bytes outlives its call and serves the next:

@@ -229,3 +229,19 @@ static int experts_forward(const Call<P>& call) {
   }
   return DONE;
 }
+
+// The router first.  RoutedCall is changed.
+template <class E, int P, class Activation>
+static int experts_routed(RoutedCall<P>& call) {
+  const int64_t R = call.router.T * call.router.K;
+  std::vector<int64_t> ids(R);
+  std::vector<float> weights(R);  // of a dtype that is no wider
+  call.router.ids = ids.data();
+  call.router.weights = (char*)weights.data();
+  if (int status = call.route(&call.router)) return status;
+  call.experts.ids = (const char*)ids.data();
+  call.experts.ids_wide = true;
+  call.experts.weights = call.router.weights;
+  call.experts.weights_dtype = call.router.weights_dtype;
+  return experts_forward<E, P, Activation>(call.experts);
+}

@@ -2,6 +2,9 @@
 //
 // Ids are those of aten's topk on CPU, ties and NaN included: the same std:: algorithms on the same pairs.  Values are rounded
 // to their dtype after each step, as PyTorch's ops do.
+//
+// A softmax may be left to this code.  Its last bits are not aten's, so ids are taken of the logits, and only where those are in
+// the order that aten's scores are in: UNSURE otherwise, and the caller brings the scores.
 #pragma once
 #include <omp.h>
 
@@ -9,21 +12,8 @@
 #include <vector>
 
 #include "call.h"
+#include "math.h"
 
-// Every member is 64 bits wide: the caller fills an array in this order.
-struct RouterCall {
-  int64_t T, E, K, threads, sorted;       // sorted 2: the first of the largest, as argmax has it
-  const char *scores, *bias, *logits;     // [T,E] contiguous, [E] or null, [T,E] contiguous (for weights from logits)
-  int64_t score_dtype, bias_dtype, logits_dtype, choice_dtype;
-  int64_t groups, group_k, group_top2;    // groups 0: no limit
-  double fill;
-  int64_t weights_from;                   // 0 score, 1 choice, 2 logits
-  const int64_t* steps;                   // triples: Step, and two doubles or a dtype
-  int64_t count;
-  char* weights;                          // [T,K]
-  int64_t weights_dtype;
-  int64_t* ids;                           // [T,K]
-};
 enum Step : int64_t { SOFTMAX = 0, SIGMOID = 1, CAST = 2, SCALE = 3, NORMALISE = 4 };
 
 static float read(const char* p, int64_t dtype, int64_t i) {
@@ -57,12 +47,44 @@ static void top_k(std::vector<Candidate>& queue, int64_t k, int64_t sorted) {
   }
 }
 
+// Softmax is exp(x - max) / sum.  The subtraction is off by up to 2^-18 for differences up to RANGE, aten's exp by 20 units in the
+// last place: logits further apart than GAP have scores in the same order.  Equal logits have equal scores.
+constexpr float GAP = 1.0f / (1 << 14), RANGE = 80;
+
 struct TokenRouter {
   const RouterCall& call;
   std::vector<Candidate> queue, groups;
-  std::vector<float> choice, weight;
+  std::vector<float> choice, weight, score, order;
 
-  explicit TokenRouter(const RouterCall& c) : call(c), choice(c.E), weight(c.K) {}
+  explicit TokenRouter(const RouterCall& c) : call(c), choice(c.E), weight(c.K), score(c.E), order(c.E) {}
+
+  // Whether all logits are finite; then score[] is their softmax.
+  bool softmax(int64_t t) {
+    const int64_t E = call.E;
+    float most = -INFINITY, total = 0;
+    for (int64_t e = 0; e < E; e++) {
+      score[e] = read(call.logits, call.logits_dtype, t * E + e);
+      if (!std::isfinite(score[e])) return false;
+      most = std::max(most, score[e]);
+    }
+    for (int64_t e = 0; e < E; e += L) store(&score[e], v_exp(load(&score[e], E - e) - most), E - e);
+    for (int64_t e = 0; e < E; e++) total += score[e];
+    for (int64_t e = 0; e < E; e++) score[e] /= total;
+    return true;
+  }
+  // Whether top-k of the logits in choice[] is top-k of aten's scores.
+  bool sure() {
+    const int64_t E = call.E, K = call.K;
+    std::copy(choice.begin(), choice.end(), order.begin());
+    std::sort(order.begin(), order.end(), std::greater<float>());
+    const auto far = [&](int64_t i) { return order[i] - order[i + 1] > GAP; };
+    int64_t i = 0;
+    while (i < K && i + 1 < E && far(i)) i++;
+    if (call.sorted && (i == K || i + 1 == E) && order[0] - order[K - 1] < RANGE) return true;  // the best are apart: no algorithm errs
+    for (i = 0; i + 1 < E; i++)
+      if (order[i] != order[i + 1] && !far(i)) return false;
+    return order[0] - order[E - 1] < RANGE;
+  }
 
   void limit_groups() {
     const int64_t size = call.E / call.groups;
@@ -117,32 +139,42 @@ struct TokenRouter {
     }
   }
 
-  void run(int64_t t) {
+  Status run(int64_t t) {
     const int64_t E = call.E, K = call.K;
+    const bool own = call.softmax && softmax(t);
+    if (!call.scores && !own) return UNSURE;
+    const char* from = call.scores ? call.scores : call.logits;
+    const int64_t dtype = call.scores ? call.score_dtype : call.logits_dtype;
     for (int64_t e = 0; e < E; e++) {
-      choice[e] = read(call.scores, call.score_dtype, t * E + e);
+      choice[e] = read(from, dtype, t * E + e);
       if (call.bias) choice[e] = rounded(choice[e] + read(call.bias, call.bias_dtype, e), call.choice_dtype);
     }
+    if (!call.scores && !sure()) return UNSURE;
     if (call.groups) limit_groups();
     queue.resize(E);
     for (int64_t e = 0; e < E; e++) queue[e] = {choice[e], e};
     top_k(queue, K, call.sorted);
     for (int64_t k = 0; k < K; k++) {
       const int64_t e = call.ids[t * K + k] = queue[k].second;
-      weight[k] = call.weights_from == 0   ? read(call.scores, call.score_dtype, t * E + e)
+      weight[k] = own && call.weights_from < 2 ? score[e]
+                  : call.weights_from == 0   ? read(call.scores, call.score_dtype, t * E + e)
                   : call.weights_from == 1 ? choice[e]
                                            : read(call.logits, call.logits_dtype, t * E + e);
     }
     run_steps(call.weights_from == 0 ? call.score_dtype : call.weights_from == 1 ? call.choice_dtype : call.logits_dtype);
     for (int64_t k = 0; k < K; k++) write(call.weights, call.weights_dtype, t * K + k, weight[k]);
+    return DONE;
   }
 };
 
-static void route(const RouterCall& call) {
+static Status route(const RouterCall& call) {
+  std::atomic<Status> status{DONE};
 #pragma omp parallel num_threads(call.threads) if (call.T * call.E > 8192)
   {
     TokenRouter router(call);
 #pragma omp for schedule(static)
-    for (int64_t t = 0; t < call.T; t++) router.run(t);
+    for (int64_t t = 0; t < call.T; t++)
+      if (Status s = router.run(t)) status = s;
   }
+  return status;
 }

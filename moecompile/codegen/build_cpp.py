@@ -59,6 +59,11 @@ def entry(library: ctypes.CDLL, name: str) -> Callable[[Sequence[int]], int]:
     return call
 
 
+def address(library: ctypes.CDLL, name: str) -> int:
+    """Where the function of that name is, for another library to call."""
+    return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
+
+
 def headers() -> Path:
     """The folder of the headers."""
     return Path(str(importlib.resources.files("moecompile.kernels.cpu")))

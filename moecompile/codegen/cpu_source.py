@@ -58,6 +58,9 @@ struct Activation {{
 extern "C" __attribute__((visibility("default"))) int forward(const Call<{count}>* call) {{
   return experts_forward<{ELEMENT[spec.dtype]}, {count}, Activation>(*call);
 }}
+extern "C" __attribute__((visibility("default"))) int routed(RoutedCall<{count}>* call) {{
+  return experts_routed<{ELEMENT[spec.dtype]}, {count}, Activation>(*call);
+}}
 extern "C" __attribute__((visibility("default"))) int backward(const Call<{count}>* call) {{
   return experts_backward<{ELEMENT[spec.dtype]}, {count}, Activation>(*call);
 }}

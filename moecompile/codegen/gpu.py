@@ -32,6 +32,7 @@ from moecompile.codegen.gpu_text import Style
 from moecompile.codegen.gpu_weights import Layouts
 from moecompile.errors import Unsupported
 from moecompile.ir import expr
+from moecompile.ir.ops import InTwoSteps
 from moecompile.ir.spec import ExpertsSpec, WeightOn, experts_from_text, router_from_text
 from moecompile.kernels.gpu import combine, decode, down, grad_params, grad_rows, grad_weights, grad_z, permute, up
 from moecompile.kernels.gpu.config import Config, Kernel, Operand
@@ -128,7 +129,7 @@ def set_config_source(source: ConfigSource | None) -> None:
 # ---------------------------------------------------------------- the implementation
 
 
-class GpuImplementation:
+class GpuImplementation(InTwoSteps):
     """ir.ops.Implementation for device "cuda", and for "cpu" under TRITON_INTERPRET=1."""
 
     def route(self, logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:

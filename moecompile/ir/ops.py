@@ -1,8 +1,9 @@
 """The moe.* ops.
 
-    moe::route, moe::route_stats, moe::experts
+    moe::route, moe::route_stats, moe::experts, moe::routed_experts
                                     what a rewrite puts in the graph; CompositeImplicitAutograd, so AOTAutograd sees through
       no grad   ->   moe::_route, moe::_experts                     all that an inference graph holds
+                     moe::_routed_experts                           both at once, where nothing else reads what is between
       grad      ->   moe::_route, moe::_route_bwd                   where the device has a kernel for it, else
                      (moe::_route_stats likewise, with or without grad)
                      moe::_route for the ids, aten for the weights  (Inductor fuses the latter, forward and backward)
@@ -29,6 +30,7 @@ ABI = "2"  # part of every spec text's meaning: raise it when an op's contract c
 
 library = Library("moe", "DEF")
 _EXPERTS = "Tensor x, Tensor? weights, Tensor ids, Tensor[] params, SymInt[] sizes, str spec, str region"
+_ROUTED = "Tensor x, Tensor logits, Tensor? bias, Tensor[] params, SymInt[] sizes, str router, str spec, str region"
 _SCHEMAS = {
     "route": "(Tensor logits, Tensor? bias, str spec) -> (Tensor, Tensor)",
     "_route": "(Tensor logits, Tensor? bias, str spec) -> (Tensor, Tensor)",
@@ -38,6 +40,8 @@ _SCHEMAS = {
     " -> Tensor[]",
     "experts": f"({_EXPERTS}) -> Tensor",
     "_experts": f"({_EXPERTS}) -> Tensor",
+    "routed_experts": f"({_ROUTED}) -> Tensor",
+    "_routed_experts": f"({_ROUTED}) -> Tensor",
     "_experts_train": f"({_EXPERTS}) -> (Tensor, Tensor)",
     "_experts_bwd": f"(Tensor grad, {_EXPERTS}, Tensor saved, bool[] needs) -> Tensor[]",
 }
@@ -75,6 +79,18 @@ class Implementation(Protocol):
         self, x: Tensor, weights: Tensor | None, ids: Tensor, params: Sequence[Tensor], sizes: Sequence[int], spec: str, region: str
     ) -> Tensor: ...
 
+    def routed_experts(
+        self,
+        x: Tensor,
+        logits: Tensor,
+        bias: Tensor | None,
+        params: Sequence[Tensor],
+        sizes: Sequence[int],
+        router: str,
+        spec: str,
+        region: str,
+    ) -> Tensor: ...
+
     def experts_train(
         self, x: Tensor, weights: Tensor | None, ids: Tensor, params: Sequence[Tensor], sizes: Sequence[int], spec: str, region: str
     ) -> tuple[Tensor, Tensor]: ...
@@ -94,7 +110,15 @@ class Implementation(Protocol):
     ) -> list[Tensor]: ...
 
 
-class PlainRouter:
+class InTwoSteps:
+    """routed_experts of a device that has nothing to gain from one step."""
+
+    def routed_experts(self: Implementation, x, logits, bias, params, sizes, router, spec, region):  # type: ignore[no-untyped-def]
+        weights, ids = self.route(logits, bias, router)
+        return self.experts(x, weights.flatten(0, -2), ids.flatten(0, -2), params, sizes, spec, region)
+
+
+class PlainRouter(InTwoSteps):
     """What a device without kernels for a router's gradients and statistics does about them."""
 
     def route(self, logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tensor]:
@@ -216,6 +240,10 @@ def _experts(x: Tensor, *args: Any) -> Tensor:
     return bound(x.device).experts(x, *args)
 
 
+def _routed_experts(x: Tensor, *args: Any) -> Tensor:
+    return bound(x.device).routed_experts(x, *args)
+
+
 def _experts_train(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return bound(x.device).experts_train(x, *args)
 
@@ -252,6 +280,10 @@ def _fake_experts(x: Tensor, weights: Tensor | None, ids: Tensor, params: Any, s
     return x.new_empty((x.shape[0], s.out_features), dtype=s.out_dtype)
 
 
+def _fake_routed(x, logits, bias, params, sizes, router, spec, region):  # type: ignore[no-untyped-def]
+    return _fake_experts(x, None, logits, params, sizes, spec, region)
+
+
 def _fake_train(x, weights, ids, params, sizes, spec, region):  # type: ignore[no-untyped-def]
     s = experts_from_text(spec)
     saved = x.new_empty((ids.shape[0] * ids.shape[1], len(s.projections) * s.intermediate), dtype=s.dtype)
@@ -268,6 +300,7 @@ for _name, _kernel, _fake in (
     ("_route_stats", _route_stats, _fake_route_stats),
     ("_route_bwd", _route_bwd, _fake_route_bwd),
     ("_experts", _experts, _fake_experts),
+    ("_routed_experts", _routed_experts, _fake_routed),
     ("_experts_train", _experts_train, _fake_train),
     ("_experts_bwd", _experts_bwd, _fake_bwd),
 ):
@@ -381,6 +414,23 @@ def route(logits: Tensor, bias: Tensor | None, spec: str) -> tuple[Tensor, Tenso
         return reference.weights_of(router_from_text(spec), logits, bias, ids), ids
 
 
+def routed_experts(
+    x: Tensor,
+    logits: Tensor,
+    bias: Tensor | None,
+    params: Sequence[Tensor],
+    sizes: Sequence[int],
+    router: str,
+    spec: str,
+    region: str,
+) -> Tensor:
+    """experts() of route(): logits [..,E] with as many rows as x [T,H] -> out [T,O]."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, logits, bias, *params)):
+        weights, ids = route(logits, bias, router)
+        return experts(x, weights.flatten(0, -2), ids.flatten(0, -2), params, sizes, spec, region)
+    return torch.ops.moe._routed_experts.default(x, logits, bias, params, sizes, router, spec, region)  # type: ignore[no-any-return]
+
+
 def route_stats(logits: Tensor, bias: Tensor | None, spec: str) -> Stats:
     """As route(), and reference.statistics() of it: by one kernel where the device has it, else by aten after route()."""
     if not bound(logits.device).differentiates(spec):
@@ -395,3 +445,4 @@ def route_stats(logits: Tensor, bias: Tensor | None, spec: str) -> Stats:
 library.impl("route_stats", route_stats, "CompositeImplicitAutograd")
 library.impl("route", route, "CompositeImplicitAutograd")
 library.impl("experts", experts, "CompositeImplicitAutograd")
+library.impl("routed_experts", routed_experts, "CompositeImplicitAutograd")

@@ -23,9 +23,10 @@ from moecompile.ir import expr
 from moecompile.ir.spec import ExpertsSpec, RouterSpec, Weight, experts_from_text, router_from_text
 
 _SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
-_SPECS = {  # argument of the spec
-    "experts": 5, "_experts": 5, "_experts_train": 5, "_experts_bwd": 6, "route": 2, "_route": 2, "_route_bwd": 6,
-    "route_stats": 2, "_route_stats": 2,
+_SPECS = {  # arguments that are the spec of a router, and of experts
+    "experts": (None, 5), "_experts": (None, 5), "_experts_train": (None, 5), "_experts_bwd": (None, 6),
+    "route": (2, None), "_route": (2, None), "_route_bwd": (6, None), "route_stats": (2, None), "_route_stats": (2, None),
+    "routed_experts": (5, 6), "_routed_experts": (5, 6),
 }  # fmt: skip
 
 
@@ -53,12 +54,13 @@ def node_lines(node: fx.Node) -> list[str]:
         return [left + "input"]
     if node.op == "get_attr":
         return [f"{left}attribute {node.target}"]
-    position = _spec_position(node)
-    if position is None:
+    positions = _spec_positions(node)
+    if positions is None:
         named = [f"{k}={_argument(v)}" for k, v in node.kwargs.items()]
         return [f"{left}{target_name(node)}({', '.join([*map(_argument, node.args), *named])})"]
-    tensors = [_argument(a) for a in node.args[:position] if a is not None and not _is_sizes(a)]
-    return [f"{left}{target_name(node)}({', '.join(tensors)})", *(f"    // {line}" for line in _spec_lines(node, position))]
+    before = min(p for p in positions if p is not None)
+    tensors = [_argument(a) for a in node.args[:before] if a is not None and not _is_sizes(a)]
+    return [f"{left}{target_name(node)}({', '.join(tensors)})", *(f"    // {line}" for line in _spec_lines(node, *positions))]
 
 
 def type_of(value: Any) -> str:
@@ -134,17 +136,16 @@ def _place(w: Weight) -> str:
     return f"{params}[{' + '.join(terms) or '0'}]"
 
 
-def _spec_position(node: fx.Node) -> int | None:
+def _spec_positions(node: fx.Node) -> tuple[int | None, int | None] | None:
     target = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or target.namespace != "moe":
         return None
     return _SPECS.get(target._schema.name.removeprefix("moe::"))
 
 
-def _spec_lines(node: fx.Node, position: int) -> list[str]:
-    spec = node.args[position]
-    assert isinstance(spec, str)
-    return router_lines(router_from_text(spec)) if "route" in target_name(node) else experts_lines(experts_from_text(spec))
+def _spec_lines(node: fx.Node, router: int | None, experts: int | None) -> list[str]:
+    lines = [] if router is None else router_lines(router_from_text(str(node.args[router])))
+    return lines if experts is None else [*lines, *experts_lines(experts_from_text(str(node.args[experts])))]
 
 
 def _is_sizes(argument: Any) -> bool:

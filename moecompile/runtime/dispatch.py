@@ -24,7 +24,7 @@ Found = TypeVar("Found")
 CALLERS = (IndexError, CaptureError)  # the caller's ids, a call before its time: not the kernel's failure
 
 
-class Dispatch:
+class Dispatch(ops.InTwoSteps):
     """An Implementation around a device's own: same results, whatever happens to the kernel."""
 
     def __init__(self, kernels: ops.Implementation) -> None:
@@ -85,6 +85,15 @@ class Dispatch:
         if r.due("forward"):
             self._verify(r, spec, out, x, weights, ids, params, sizes)
         return out
+
+    def routed_experts(self, x, logits, bias, params, sizes, router, spec, region):  # type: ignore[no-untyped-def]
+        r, chooses = fallback.region(region), fallback.region("route:" + router)
+        if chooses.kernel and not (chooses.due("forward") or r.due("forward")):
+            arguments = (x, logits, bias, params, sizes, router, spec, region)
+            found = _tried(r, self.kernels.routed_experts, *arguments, callers=CALLERS)
+            if found is not None:
+                return found
+        return super().routed_experts(x, logits, bias, params, sizes, router, spec, region)
 
     def experts_train(self, x, weights, ids, params, sizes, spec, region):  # type: ignore[no-untyped-def]
         r = fallback.region(region)
