@@ -12,10 +12,11 @@
 #include "vector.h"
 
 #if defined(MOE_AVX512)
-constexpr int NT_M = 4, NT_N = 6, NN_M = 6, NN_V = 4;
+constexpr int NT_M = 4, NT_N = 6, NN_M = 6, NN_V = 4, FEW = 2;
 #else
-constexpr int NT_M = 2, NT_N = 4, NN_M = 4, NN_V = 2;
+constexpr int NT_M = 2, NT_N = 4, NN_M = 4, NN_V = 2, FEW = 1;
 #endif
+constexpr int FEW_N = 8;                           // instead of NT_N for up to FEW rows of A: what counts is to read B at its pace
 constexpr int PANEL = NN_V * L;                    // columns of a packed panel
 constexpr int64_t BLOCK_K = 512, BLOCK_N = 256;    // of a packed block of B
 constexpr int64_t ROWS = 96;                       // rows of A that a caller should give at once: a multiple of NT_M and NN_M
@@ -152,8 +153,8 @@ static void nt_rows(const typename Arithmetic<E>::Row* const* rows, int64_t m, i
       else nt_tile<E, M, N, From::MEMORY_TO_PANEL>(rows + i, k0, b, K, c + i * ldc, ldc, accumulate);
     }
   };
-  tiles(std::integral_constant<int, NT_M>());
-  tiles(std::integral_constant<int, 2>());
+  if constexpr (N <= NT_N) tiles(std::integral_constant<int, NT_M>());
+  if constexpr (N <= NT_N || FEW >= 2) tiles(std::integral_constant<int, 2>());
   tiles(std::integral_constant<int, 1>());
 }
 
@@ -164,7 +165,7 @@ constexpr int64_t nt_block() {
 }
 
 // float32 rows of B go through a panel, which doubled the rate at 64 rows; of 16-bit rows twice as many lie in L1, and it gained nothing.
-template <class E>
+template <class E, int N>
 static void multiply_nt(const typename Arithmetic<E>::Row* const* rows, int64_t m, Matrix<E> b, int64_t n, int64_t K, float* c,
                         int64_t ldc, bool accumulate, char* scratch, const E* after) {
   constexpr int64_t block = nt_block<E>();
@@ -173,9 +174,9 @@ static void multiply_nt(const typename Arithmetic<E>::Row* const* rows, int64_t 
     const int64_t kb = std::min(block, K - k);
     int64_t j = 0;
     const E* p = b.p + k;
-    for (; j + NT_N <= n; j += NT_N, p += NT_N * b.n) {
-      const E* next = j + 2 * NT_N <= n ? p + NT_N * b.n : k + kb < K ? b.p + k + kb : after;
-      nt_rows<E, NT_N>(rows, m, k, {p, b.n, next, panel}, kb, c + j, ldc, accumulate);
+    for (; j + N <= n; j += N, p += N * b.n) {
+      const E* next = j + 2 * N <= n ? p + N * b.n : k + kb < K ? b.p + k + kb : after;
+      nt_rows<E, N>(rows, m, k, {p, b.n, next, panel}, kb, c + j, ldc, accumulate);
     }
     for (; j + 2 <= n; j += 2, p += 2 * b.n) nt_rows<E, 2>(rows, m, k, {p, b.n, nullptr, nullptr}, kb, c + j, ldc, accumulate);
     if (j < n) nt_rows<E, 1>(rows, m, k, {p, b.n, nullptr, nullptr}, kb, c + j, ldc, accumulate);
@@ -359,6 +360,7 @@ static void multiply_rows(const typename Arithmetic<E>::Row* const* rows, int64_
 template <class E>
 static void multiply(const typename Arithmetic<E>::Row* const* rows, int64_t m, Matrix<E> b, int64_t n, int64_t K, float* c,
                      int64_t ldc, bool accumulate, char* scratch, const E* after = nullptr) {
-  if (b.k == 1) multiply_nt<E>(rows, m, b, n, K, c, ldc, accumulate, scratch, after);
+  if (b.k == 1 && m <= FEW) multiply_nt<E, FEW_N>(rows, m, b, n, K, c, ldc, accumulate, scratch, after);
+  else if (b.k == 1) multiply_nt<E, NT_N>(rows, m, b, n, K, c, ldc, accumulate, scratch, after);
   else multiply_nn<E>(rows, m, b, n, K, c, ldc, accumulate, scratch);
 }
