@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from moecompile import __version__, config, report
-from moecompile.codegen import target
+from moecompile.codegen import build_cpp, target
 from moecompile.config import Settings
 from moecompile.errors import Unsupported, VerifyError
 from moecompile.ir import ops, surgery
@@ -131,6 +131,7 @@ def reset() -> None:
     """Called by torch._dynamo.reset()."""
     report.reset()
     fallback.reset()
+    build_cpp.forget_failures()
     kept_memory.release()
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import shutil
 from collections.abc import Callable
 
 import torch
@@ -62,18 +60,14 @@ def kernel_name(device: torch.device, kernels: str) -> str:
     if kernels == "reference":
         return "PyTorch reference, asked for"
     if device.type == "cpu":
-        return "generated C++" if _has_compiler() else "the original code or its PyTorch reference: no C++ compiler here"
+        return "generated C++"
     return "generated Triton"
 
 
-def _has_compiler() -> bool:
-    return shutil.which(os.environ.get("CXX") or "g++") is not None
-
-
 def _built(build: Callable[[], None]) -> str | None:
-    """Why it could not be built, or None. Without any compiler nothing else could be built either: the reference runs."""
+    """Why it could not be built, or None."""
     try:
         build()
     except BuildError as e:
-        return str(e) if _has_compiler() else None
+        return str(e)
     return None
