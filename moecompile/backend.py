@@ -25,7 +25,7 @@ from moecompile.config import Settings
 from moecompile.errors import Unsupported, VerifyError
 from moecompile.ir import ops, surgery
 from moecompile.passes import CONTROL_FLOW, Context, pipeline
-from moecompile.runtime import capture, fallback, kept_memory
+from moecompile.runtime import backward, capture, fallback, kept_memory
 
 log = logging.getLogger("moecompile.backend")
 
@@ -119,12 +119,14 @@ def lower(gm: fx.GraphModule, example_inputs: list[Any], settings: Settings) -> 
         from torch._dynamo.backends.debugging import aot_eager
 
         return aot_eager(gm, example_inputs)  # type: ignore[no-any-return]
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+    fatal = settings.strict or settings.fallback == "error"
+    inner = compile_fx_inner if fatal else backward.guarded(compile_fx_inner, warn=settings.fallback == "warn")
     # Inductor's caches know an op by name, not by what its Python code does: the tag keeps releases apart.
     tags = torch.compiler.config
     with tags.patch(cache_key_tag=f"{tags.cache_key_tag}moecompile-{__version__}-{ops.ABI}"):  # type: ignore[attr-defined]
-        return compile_fx(gm, example_inputs, config_patches=settings.inductor or None)  # type: ignore[return-value]
+        return compile_fx(gm, example_inputs, inner, config_patches=settings.inductor or None)  # type: ignore[return-value]
 
 
 def reset() -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._inductor import compile_fx
 
 from moecompile import backend, report
 from moecompile.codegen import cpu
 from moecompile.ir import ops
-from moecompile.runtime import fallback
+from moecompile.runtime import backward, fallback
 from moecompile.runtime.dispatch import Dispatch
 from tests.models import ALL, Example, outcome
 from tests.models.layer import Recipe
@@ -107,6 +108,55 @@ def test_a_rewritten_graph_that_does_not_compile_is_not_called_fused(monkeypatch
         call_of(Recipe().make(), kernels="reference")(torch.randn(5, 16))
     (entry,) = report.last_reports()
     assert entry.status == "declined" and "on purpose" in entry.reason
+
+
+@pytest.fixture
+def broken_backward(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Inductor spoils a backward graph, as half of its passes would, and then fails."""
+    right = compile_fx.compile_fx_inner
+
+    def inner(gm: fx.GraphModule, example_inputs: Any, **kwargs: Any) -> Any:
+        if not kwargs.get("is_backward"):
+            return right(gm, example_inputs, **kwargs)
+        for n in gm.graph.nodes:
+            if n.op == "output":
+                n.args = (tuple(None for _ in n.args[0]),)
+        return fails()
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", inner)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+    torch._dynamo.reset()
+
+
+def test_a_backward_that_does_not_compile_runs_node_by_node(broken_backward: None) -> None:
+    """It is compiled when it is first needed: no other graph can be chosen then."""
+    module, x = Recipe().make(), torch.randn(5, 16)
+    call = call_of(module, "inductor", kernels="reference")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = [run(call, module, [x], train=True) for _ in range(2)]
+    assert len(ours(caught)) == 1 and "did not compile a backward" in ours(caught)[0] and "on purpose" in ours(caught)[0]
+    want = run(module, module, [x], train=True)
+    assert not any(wrong(g, want) for g in got)
+
+
+@pytest.mark.parametrize("options", [{"strict": True}, {"fallback": "error"}], ids=str)
+def test_a_backward_that_does_not_compile_can_be_fatal(options: dict[str, Any], broken_backward: None) -> None:
+    y = call_of(Recipe().make(), "inductor", kernels="reference", **options)(torch.randn(5, 16))[0]
+    with pytest.raises(Exception, match="on purpose"):
+        y.sum().backward()
+
+
+def test_a_backward_that_draws_random_numbers_is_not_run_node_by_node() -> None:
+    """Only Inductor's own code draws those of the forward again."""
+
+    def graph(seed: Tensor) -> Tensor:
+        return torch.ops.prims.inductor_random.default([4], seed, "rand")
+
+    gm = fx.symbolic_trace(graph)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        backward.guarded(fails, warn=True)(gm, [], is_backward=True)
 
 
 # ---------------------------------------------------------------- while running
