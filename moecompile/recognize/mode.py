@@ -12,7 +12,7 @@ import importlib
 import itertools
 import pkgutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -246,12 +246,13 @@ class RoleMode(TorchDispatchMode):
             copy = self.copies.get(id(root))
             if copy is None or copy.versions != (self.version[self.key(copy.of)], self.version[self.key(root)]):
                 return None
-            if copy.of.stride() != root.stride() or copy.of.shape != root.shape:
-                return None
             if cast is not None and not holds(root.dtype, copy.of.dtype):  # rounded, and cast again
                 return None
+            found = _through(copy.of, root, offset, strides, t.shape)
+            if found is None:
+                return None
             cast = cast or copy.to
-            offset += copy.of.storage_offset() - root.storage_offset()
+            offset, strides = found
             source = copy.of
         ref = self.ref(root)
         assert ref is not None
@@ -374,3 +375,37 @@ class RoleMode(TorchDispatchMode):
             raise NotImplementedError("a mask among several indices")
         shape = (*x.shape[:first], self._count(mask), *x.shape[first + mask.dim() :])
         return x.new_empty(shape)
+
+
+def _through(
+    of: Tensor, copy: Tensor, offset: int, strides: tuple[int, ...], sizes: Sequence[int]
+) -> tuple[int, tuple[int, ...]] | None:
+    """Offset and strides that find in `of` what the given ones find in its copy, which may lie otherwise in memory: a slice or
+    an expansion is copied to a dense tensor. None where a step is no number of steps along one dimension of the copy."""
+    if of.shape != copy.shape:
+        return None
+    if of.stride() == copy.stride():
+        return offset + of.storage_offset() - copy.storage_offset(), strides
+    order = sorted((d for d in range(copy.dim()) if copy.shape[d] > 1), key=lambda d: -copy.stride(d))
+    left, moved = offset - copy.storage_offset(), of.storage_offset()
+    reached: dict[int, int] = {}  # the furthest coordinate along each dimension of the copy
+    for d in order:
+        reached[d], left = divmod(left, copy.stride(d))
+        moved += reached[d] * of.stride(d)
+    if left:
+        return None
+    steps: list[int] = []
+    for stride, size in zip(strides, sizes, strict=True):
+        d = next((d for d in order if 0 < copy.stride(d) <= stride), None)
+        if size == 1:
+            steps.append(0)
+            continue
+        if d is None:
+            return None
+        count, rest = divmod(stride, copy.stride(d))
+        reached[d] += count * (size - 1)
+        if rest:
+            return None
+        steps.append(count * of.stride(d))
+    within = all(at < copy.shape[d] for d, at in reached.items())
+    return (moved, tuple(steps)) if within else None
