@@ -236,7 +236,7 @@ class RoleMode(TorchDispatchMode):
         if not isinstance(t, Tensor) or t.dim() not in (features, features + 1) or not t.is_floating_point():
             return None
         cast: torch.dtype | None = None
-        source, offset, strides = t, t.storage_offset(), t.stride()
+        source, offset, strides = t, int(t.storage_offset()), t.stride()
         while True:
             root = self.base.get(id(source))
             if root is None:
@@ -384,10 +384,11 @@ def _through(
     an expansion is copied to a dense tensor. None where a step is no number of steps along one dimension of the copy."""
     if of.shape != copy.shape:
         return None
+    begin, begin_copy = int(of.storage_offset()), int(copy.storage_offset())
     if of.stride() == copy.stride():
-        return offset + of.storage_offset() - copy.storage_offset(), strides
-    order = sorted((d for d in range(copy.dim()) if copy.shape[d] > 1), key=lambda d: -copy.stride(d))
-    left, moved = offset - copy.storage_offset(), of.storage_offset()
+        return offset + begin - begin_copy, strides
+    order = sorted((d for d in range(copy.dim()) if copy.shape[d] > 1), key=lambda d: copy.stride()[d], reverse=True)
+    left, moved = offset - begin_copy, begin
     reached: dict[int, int] = {}  # the furthest coordinate along each dimension of the copy
     for d in order:
         reached[d], left = divmod(left, copy.stride(d))
@@ -396,16 +397,16 @@ def _through(
         return None
     steps: list[int] = []
     for stride, size in zip(strides, sizes, strict=True):
-        d = next((d for d in order if 0 < copy.stride(d) <= stride), None)
+        along = next((d for d in order if 0 < copy.stride(d) <= stride), None)
         if size == 1:
             steps.append(0)
             continue
-        if d is None:
+        if along is None:
             return None
-        count, rest = divmod(stride, copy.stride(d))
-        reached[d] += count * (size - 1)
+        count, rest = divmod(stride, copy.stride(along))
+        reached[along] += count * (size - 1)
         if rest:
             return None
-        steps.append(count * of.stride(d))
+        steps.append(count * of.stride(along))
     within = all(at < copy.shape[d] for d, at in reached.items())
     return (moved, tuple(steps)) if within else None
