@@ -408,5 +408,5 @@ def _through(
         if rest:
             return None
         steps.append(count * of.stride(along))
-    within = all(at < copy.shape[d] for d, at in reached.items())
+    within = all(0 <= at < copy.shape[d] for d, at in reached.items())
     return (moved, tuple(steps)) if within else None
