@@ -17,6 +17,7 @@ constexpr int NT_M = 4, NT_N = 6, NN_M = 6, NN_V = 4, FEW = 2;
 constexpr int NT_M = 2, NT_N = 4, NN_M = 4, NN_V = 2, FEW = 1;
 #endif
 constexpr int FEW_N = 8;                           // instead of NT_N for up to FEW rows of A: what counts is to read B at its pace
+constexpr int64_t PAGE = 4096;                     // bytes
 constexpr int PANEL = NN_V * L;                    // columns of a packed panel
 constexpr int64_t BLOCK_K = 512, BLOCK_N = 256;    // of a packed block of B
 constexpr int64_t ROWS = 96;                       // rows of A that a caller should give at once: a multiple of NT_M and NN_M
@@ -81,6 +82,7 @@ template <class E, int N>
 struct Columns {
   const E* p;
   int64_t stride;
+  int64_t every;                          // columns of C from one to the next
   const E* next;                          // the same for the rows to fetch meanwhile, or null
   typename Arithmetic<E>::Packed* panel;  // room for the panel, or null
 };
@@ -138,7 +140,10 @@ static __attribute__((noinline)) void nt_tile(const typename Arithmetic<E>::Row*
     store(t + full, sum_lanes<width>(last));
   }
   for (int i = 0; i < M; i++)
-    for (int j = 0; j < N; j++) c[i * ldc + j] = accumulate ? c[i * ldc + j] + t[i * N + j] : t[i * N + j];
+    for (int j = 0; j < N; j++) {
+      float& to = c[i * ldc + (N == FEW_N ? j * b.every : j)];
+      to = accumulate ? to + t[i * N + j] : t[i * N + j];
+    }
 }
 
 template <class E, int N>
@@ -169,17 +174,25 @@ template <class E, int N>
 static void multiply_nt(const typename Arithmetic<E>::Row* const* rows, int64_t m, Matrix<E> b, int64_t n, int64_t K, float* c,
                         int64_t ldc, bool accumulate, char* scratch, const E* after) {
   constexpr int64_t block = nt_block<E>();
+  // A CPU foresees one run of reads in a page: of shorter rows a tile takes every so many, each from a page of its own.
+  const int64_t every = N == FEW_N ? (PAGE - 1) / std::max<int64_t>(b.n * (int64_t)sizeof(E), 1) + 1 : 1;
   auto* panel = std::is_same<E, float>::value && m > NT_M ? (typename Arithmetic<E>::Packed*)scratch : nullptr;
   for (int64_t k = 0; k < K; k += block, accumulate = true) {
     const int64_t kb = std::min(block, K - k);
     int64_t j = 0;
     const E* p = b.p + k;
+    const E* then = k + kb < K ? b.p + k + kb : after;
+    for (; j + every * N <= n; j += every * N, p += every * N * b.n)
+      for (int64_t i = 0; i < every; i++) {
+        const E* next = i + 1 < every ? p + (i + 1) * b.n : j + (every + 1) * N <= n ? p + every * N * b.n : then;
+        nt_rows<E, N>(rows, m, k, {p + i * b.n, every * b.n, every, next, panel}, kb, c + j + i, ldc, accumulate);
+      }
     for (; j + N <= n; j += N, p += N * b.n) {
-      const E* next = j + 2 * N <= n ? p + N * b.n : k + kb < K ? b.p + k + kb : after;
-      nt_rows<E, N>(rows, m, k, {p, b.n, next, panel}, kb, c + j, ldc, accumulate);
+      const E* next = j + 2 * N <= n ? p + N * b.n : then;
+      nt_rows<E, N>(rows, m, k, {p, b.n, 1, next, panel}, kb, c + j, ldc, accumulate);
     }
-    for (; j + 2 <= n; j += 2, p += 2 * b.n) nt_rows<E, 2>(rows, m, k, {p, b.n, nullptr, nullptr}, kb, c + j, ldc, accumulate);
-    if (j < n) nt_rows<E, 1>(rows, m, k, {p, b.n, nullptr, nullptr}, kb, c + j, ldc, accumulate);
+    for (; j + 2 <= n; j += 2, p += 2 * b.n) nt_rows<E, 2>(rows, m, k, {p, b.n, 1, nullptr, nullptr}, kb, c + j, ldc, accumulate);
+    if (j < n) nt_rows<E, 1>(rows, m, k, {p, b.n, 1, nullptr, nullptr}, kb, c + j, ldc, accumulate);
   }
 }
 

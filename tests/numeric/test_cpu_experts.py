@@ -32,6 +32,7 @@ SHAPES = [
     *(Case(T=50, load=load, bias=True) for load in ("one", "half")),
     *(Case(T=40, E=3, H=H, F=F, O=O, bias=True) for H, F, O in [(1, 1, 1), (33, 17, 5), (31, 64, 130), (65, 97, 257)]),
     Case(E=2, K=1, T=9, H=2100, F=530),  # more than one block of k
+    *(Case(E=7, K=3, T=T, H=300, F=421, O=131, bias=True) for T in (1, 2)),  # few rows, and several of a weight in a page
 ]
 CASES = [
     *(dataclasses.replace(case, dtype=dtype) for case in SHAPES for dtype in DTYPES),
@@ -143,6 +144,7 @@ def test_other_instruction_sets(target: tuple[str, ...], dtype: torch.dtype) -> 
         Case(T=41, E=3, H=67, F=45, O=70, dtype=dtype, bias=True),
         Case(T=17, layout="interleaved_columns", dtype=dtype, bias=True),
         Case(T=7, layout="columns", E=2, H=33, F=600, dtype=dtype, weight_on=WeightOn.INPUT),
+        Case(T=1, H=300, F=421, O=131, dtype=dtype, bias=True),
     ):
         given = case.inputs()
         grad = torch.randn(case.T, case.O or case.H)
