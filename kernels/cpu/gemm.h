@@ -141,7 +141,7 @@ static __attribute__((noinline)) void nt_tile(const typename Arithmetic<E>::Row*
   }
   for (int i = 0; i < M; i++)
     for (int j = 0; j < N; j++) {
-      float& to = c[i * ldc + (N == FEW_N ? j * b.every : j)];
+      float& to = c[i * ldc + j * b.every];
       to = accumulate ? to + t[i * N + j] : t[i * N + j];
     }
 }
@@ -175,7 +175,7 @@ static void multiply_nt(const typename Arithmetic<E>::Row* const* rows, int64_t 
                         int64_t ldc, bool accumulate, char* scratch, const E* after) {
   constexpr int64_t block = nt_block<E>();
   // A CPU foresees one run of reads in a page: of shorter rows a tile takes every so many, each from a page of its own.
-  const int64_t every = N == FEW_N ? (PAGE - 1) / std::max<int64_t>(b.n * (int64_t)sizeof(E), 1) + 1 : 1;
+  const int64_t every = (PAGE - 1) / std::max<int64_t>(b.n * (int64_t)sizeof(E), 1) + 1;
   auto* panel = std::is_same<E, float>::value && m > NT_M ? (typename Arithmetic<E>::Packed*)scratch : nullptr;
   for (int64_t k = 0; k < K; k += block, accumulate = true) {
     const int64_t kb = std::min(block, K - k);
