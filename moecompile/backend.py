@@ -1,7 +1,7 @@
 """torch.compile(model, backend="moe"): the whole flow.
 
     capture    Dynamo traces with its data-dependent settings on, for this backend only        runtime.capture
-    rewrite    passes on a copy of the graph: fuse-experts, fuse-router; the verifier after each   passes
+    rewrite    passes on a copy of the graph: fuse-experts, fuse-router, fuse-statistics; the verifier after each   passes
     lower      Inductor compiles the rest; each moe.* op runs its device's kernel when called     codegen, runtime
     report     what matched, what did not and why                                                 report
 
@@ -72,6 +72,7 @@ def rewrite(gm: fx.GraphModule, settings: Settings) -> fx.GraphModule | None:
     context = Context(
         supports_experts=lambda spec, device, train: target.supports_experts(spec, device, train, settings.kernels),
         supports_router=lambda spec, device: target.supports_router(spec, device, settings.kernels),
+        supports_statistics=lambda spec, device: target.supports_statistics(spec, device, settings.kernels),
         kernel=lambda device: target.kernel_name(device, settings.kernels),
         train=torch.is_grad_enabled(),
         router=settings.router,

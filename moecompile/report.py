@@ -110,6 +110,10 @@ def _lines(e: Entry) -> list[str]:
         out.append(
             f"    router fused: {r.score}{' + bias' if r.bias else ''}{groups}, top {r.top_k} of {r.num_experts} {steps}".rstrip()
         )
+        if e.statistics or e.statistics_reason:
+            out.append(
+                f"    for balancing losses {'it sums ' + e.statistics if e.statistics else 'nothing more: ' + e.statistics_reason}"
+            )
     else:
         out.append(f"    router left as it is: {e.router_reason or 'not asked for'}")
     gain = expected_gain(e)

@@ -41,6 +41,8 @@ class Entry:
     router: RouterSpec | None = None
     reason: str = ""  # why declined
     router_reason: str = ""  # why the router was left as it is
+    statistics: str = ""  # what balancing losses read of the router, where its kernel sums it
+    statistics_reason: str = ""  # why it does not
     stack_trace: str = ""
     region: str = ""
     kernel: str = ""  # what runs it
@@ -53,6 +55,7 @@ class Context:
 
     supports_experts: Callable[[ExpertsSpec, torch.device, bool], str | None] = lambda spec, device, train: None
     supports_router: Callable[[RouterSpec, torch.device], str | None] = lambda spec, device: None
+    supports_statistics: Callable[[RouterSpec, torch.device], str | None] = lambda spec, device: None
     kernel: Callable[[torch.device], str] = lambda device: ""
     train: bool = False
     router: bool = True

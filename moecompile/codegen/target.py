@@ -55,6 +55,13 @@ def supports_router(spec: RouterSpec, device: torch.device, kernels: str) -> str
     return f"no kernels for {device.type} devices"
 
 
+def supports_statistics(spec: RouterSpec, device: torch.device, kernels: str) -> str | None:
+    """Why no kernel of the router sums what balancing losses read, or None."""
+    if kernels == "reference":
+        return "the reference would compute the probabilities again"
+    return None if ops.bound(device).differentiates(spec.text()) else f"no kernel on {device.type} sums them along with the choice"
+
+
 def kernel_name(device: torch.device, kernels: str) -> str:
     """What runs a moe.* op on the device, for people."""
     if kernels == "reference":

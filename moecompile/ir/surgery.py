@@ -197,6 +197,13 @@ def call(graph: fx.Graph, target: Any, args: tuple[Any, ...], like: fx.Node) -> 
     return node
 
 
+def call_scalar(graph: fx.Graph, target: Callable[..., Any], a: fx.Node, b: fx.Node | int, like: fx.Node) -> fx.Node:
+    """A call on sizes, which may be symbolic."""
+    node = graph.call_function(target, (a, b))
+    node.meta[key_of(like)] = target(value_of(a), value_of(b) if isinstance(b, fx.Node) else b)
+    return node
+
+
 def call_getitem(graph: fx.Graph, of: fx.Node, position: int, like: fx.Node) -> fx.Node:
     """of[position], for a node that returns several tensors."""
     node = graph.call_function(operator.getitem, (of, position))

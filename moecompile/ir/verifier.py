@@ -20,7 +20,7 @@ def verify(gm: fx.GraphModule) -> None:
             _experts(n)
         elif n.target is torch.ops.moe.routed_experts.default:
             _routed(n)
-        elif n.target is torch.ops.moe.route.default:
+        elif n.target in (torch.ops.moe.route.default, torch.ops.moe.route_stats.default):
             _route(n, *n.args)
 
 

@@ -173,6 +173,7 @@ class RoleMode(TorchDispatchMode):
         self.asked = False  # a rule has read such a value
         self.pinned: list[torch.SymFloat] = []  # what roles rest on: a rewrite must guard it
         self.follow = True  # False where the graph switched gradients off or on
+        self.routed = False  # True once a moe.route was met: the graph has been rewritten before
         self.orders = itertools.count(1)
         self.routings = itertools.count(1)
 

@@ -186,6 +186,25 @@ class DenseWeights(Role):
     joined: bool = False  # the others are 0 by a softmax over all: not where a chosen one is NaN
 
 
+# ---------------------------------------------------------------- what balancing losses sum: see rules/statistics.py
+
+
+@dataclass(frozen=True)
+class TokenScore(Role):
+    """A number for each token, computed from its scores."""
+
+    tree: Tree
+
+
+@dataclass(frozen=True)
+class Tally(Role):
+    """`of` summed over the axes that `dims` no longer has, and divided by `over`; it was held in these dtypes since."""
+
+    of: Tree
+    over: int
+    dtypes: frozenset[torch.dtype]
+
+
 # ---------------------------------------------------------------- the order of pairs
 
 

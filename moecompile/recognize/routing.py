@@ -67,6 +67,15 @@ def _score(tree: Tree) -> tuple[str, torch.dtype, Ref]:
     return name, dtype or logits.tensor.dtype, logits
 
 
+def softmax_top_k(choice: Tree) -> tuple[torch.dtype, Ref] | None:
+    """Of what the top-k was taken, where that is softmax(cast(logits)) and nothing else: the softmax's dtype, the logits."""
+    try:
+        name, dtype, logits = _score(choice)
+    except Unsupported:
+        return None
+    return (dtype, logits) if name == "softmax" else None
+
+
 def _post(tree: Tree, choice: Tree, changed: bool) -> tuple[str, list[tuple[Any, ...]]]:
     steps: list[tuple[Any, ...]] = []
     while tree[0] in ("cast", "softmax", "sigmoid", "scale", "normalise"):

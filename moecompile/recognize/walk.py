@@ -59,6 +59,7 @@ class Walk:
     heavy: set[int] = field(default_factory=set)  # ids of tensors that hold rows of the experts
     on_storage: dict[object, list[fx.Node]] = field(default_factory=dict)  # storage -> the nodes that hold a tensor on it
     autocast: dict[fx.Node, Autocast] = field(default_factory=dict)  # what was in force when a node ran
+    followed: set[fx.Node] = field(default_factory=set)  # the nodes that ran under the graph's own grad mode
 
     def when(self, n: fx.Node) -> int:
         """The walk's position at n; for a node that was inserted since, after everything."""
@@ -183,6 +184,8 @@ class _Runner:
         if n.op not in ("call_function", "call_method"):
             return
         self.result.autocast[n] = self.autocast
+        if mode.follow:
+            self.result.followed.add(n)
         value = value_of(n)
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             self.values[n] = mode.sizes(value)
