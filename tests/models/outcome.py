@@ -47,3 +47,13 @@ def fused() -> list[Layer]:
 def reasons() -> list[str]:
     """Why layers were declined, or their routers left as they are."""
     return [layer.reason for layer in layers() if not (layer.fused and layer.router)]
+
+
+def statistics() -> list[str]:
+    """What the router's op sums for balancing losses, layer by layer."""
+    return [e.statistics for e in report.last_reports()]
+
+
+def statistics_reasons() -> list[str]:
+    """Why it does not sum more."""
+    return [e.statistics_reason for e in report.last_reports()]
