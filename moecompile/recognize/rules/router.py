@@ -74,18 +74,23 @@ def _on_scores(c: RoleMode, x: Tensor, name: str) -> Role | None:
 
 
 @rule(aten._softmax)
-def _softmax(c: RoleMode, out: Tensor, x: Tensor, dim: int, *_: Any) -> Role | None:
+def _softmax(c: RoleMode, out: Tensor, x: Tensor, dim: int, half_to_float: bool = False) -> Role | None:
+    """half_to_float: on CUDA softmax(float16, dtype=float32) is one op, which casts first."""
+
+    def softmax(tree: Tree) -> Tree:
+        return ("softmax", ("cast", out.dtype, tree) if half_to_float else tree)
+
     role = c.get(x)
     if isinstance(role, Chosen):
-        return dataclasses.replace(role, tree=("softmax", role.tree), base=None) if is_last(role, dim, {"k"}) else None
+        return dataclasses.replace(role, tree=softmax(role.tree), base=None) if is_last(role, dim, {"k"}) else None
     if isinstance(role, DenseWeights):
         if role.fill == -math.inf and role.tree is not None and is_last(role, dim, {"e"}):
-            return dataclasses.replace(role, tree=("softmax", role.tree), fill=0.0, base=None, joined=True)
+            return dataclasses.replace(role, tree=softmax(role.tree), fill=0.0, base=None, joined=True)
         return None
     scores = as_scores(c, x)
     if scores is None or not is_last(scores, dim, {"e"}):
         return None
-    return dataclasses.replace(scores, tree=("softmax", scores.tree))
+    return dataclasses.replace(scores, tree=softmax(scores.tree))
 
 
 @rule(aten.softplus)
