@@ -74,6 +74,8 @@ class Balanced(nn.Module):
             score = logits.float().sigmoid()
             ids = torch.topk(score + self.bias, K).indices
             return score.gather(-1, ids), ids
+        if self.case.router == "double":
+            return torch.topk(logits.double().softmax(-1), K)
         weights, ids = torch.topk(F.softmax(logits, dim=-1, dtype=torch.float32), K)
         return weights / weights.sum(-1, keepdim=True), ids
 
@@ -132,6 +134,11 @@ def scattered_ones(m: Balanced, z: Tensor, ids: Tensor) -> object:
 @form(BOTH, "sigmoid")
 def beside_a_sigmoid_router(m: Balanced, z: Tensor, ids: Tensor) -> object:
     return switch(F.one_hot(ids, E).sum((0, 1)) / z.shape[0], z.softmax(-1).mean(0))
+
+
+@form(BOTH, "double")
+def beside_a_router_in_double(m: Balanced, z: Tensor, ids: Tensor) -> object:
+    return switch(F.one_hot(ids, E).sum(1).float().mean(0), z.softmax(-1).mean(0))
 
 
 @form(SQUARES)
@@ -398,6 +405,11 @@ def bins_that_do_not_fit(m: Balanced, z: Tensor, ids: Tensor) -> object:
 @lookalike(PROBABILITIES)
 def the_first_choice_alone(m: Balanced, z: Tensor, ids: Tensor) -> object:
     return F.one_hot(ids[:, 0], E).sum(0), z.softmax(-1).mean(0)
+
+
+@lookalike(PROBABILITIES)
+def means_cut_off(m: Balanced, z: Tensor, ids: Tensor) -> object:
+    return F.one_hot(ids, E).float().mean(1).to(torch.int64).sum(0), z.softmax(-1).mean(0)
 
 
 @lookalike(PROBABILITIES)

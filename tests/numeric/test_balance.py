@@ -79,6 +79,15 @@ def test_a_lookalike_is_left_alone(case: Case, dynamic: bool, monkeypatch: pytes
         assert all(layer.router for layer in outcome.layers())
 
 
+def test_a_layer_in_double_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel sums in float32."""
+    monkeypatch.setattr(target, "supports_statistics", lambda spec, device, kernels: None)
+    case = FORMS[0]
+    module = Balanced(case).double()
+    _check(module, outcome.compiled(module), _x(case, 7, torch.float64))
+    assert outcome.statistics() == [""]
+
+
 @pytest.mark.parametrize("kernels", ("auto", "reference"))
 def test_a_cpu_keeps_its_graph(kernels: str) -> None:
     """No kernel there sums them with the choice: Inductor fuses what was written."""

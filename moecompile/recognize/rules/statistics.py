@@ -68,9 +68,12 @@ def _to_copy(c: RoleMode, out: Tensor, x: Tensor, *, dtype: torch.dtype | None =
     floats = x.is_floating_point() and dtype.is_floating_point
     if isinstance(role, TokenScore) and floats:
         return dataclasses.replace(role, tree=("cast", dtype, role.tree))
-    if isinstance(role, Tally) and (dtype in COUNTED if role.of[0] == "choices" else floats):
-        return dataclasses.replace(role, dtypes=role.dtypes | {dtype})
-    return None
+    if not isinstance(role, Tally):
+        return None
+    kept = floats
+    if role.of[0] == "choices":  # a mean that is cast to integers is cut off
+        kept = dtype in COUNTED and (role.over == 1 or dtype.is_floating_point)
+    return dataclasses.replace(role, dtypes=role.dtypes | {dtype}) if kept else None
 
 
 COUNTED = (torch.int32, torch.int64, torch.float32, torch.float64)  # where counts of choices are kept without loss
