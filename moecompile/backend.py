@@ -1,7 +1,7 @@
 """torch.compile(model, backend="moe"): the whole flow.
 
     capture    Dynamo traces with its data-dependent settings on, for this backend only        runtime.capture
-    rewrite    passes on a copy of the graph: fuse-experts, fuse-router, fuse-statistics; the verifier after each   passes
+    rewrite    fuse-experts, fuse-router, fuse-statistics, join-router on a copy of the graph; the verifier after each   passes
     lower      Inductor compiles the rest; each moe.* op runs its device's kernel when called     codegen, runtime
     report     what matched, what did not and why                                                 report
 

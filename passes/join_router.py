@@ -4,6 +4,7 @@
              %y = moe.experts(%x, %route[0], %route[1], ..)
 
 Needs: fuse-router.  Changes no number.  Inference only: with gradients, weights and ids are values of their own.
+Comes after fuse-statistics, which needs the moe.route by itself.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _PURE = frozenset(
 )
 
 
-@graph_pass("join-router", Phase.REWRITE, after=("fuse-router",), exact=True)
+@graph_pass("join-router", Phase.REWRITE, after=("fuse-router", "fuse-statistics"), exact=True)
 def join_router(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     """moe.experts whose weights and ids come from moe.route, and go nowhere else, become moe.routed_experts."""
     if not context.train:

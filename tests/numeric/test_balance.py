@@ -9,12 +9,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._dynamo.utils import counters
 
 from moecompile import backend
 from moecompile.codegen import target
-from moecompile.ir import ops
+from moecompile.ir import ops, surgery
+from moecompile.passes import Context, pipeline
 from tests.models import outcome
 from tests.models.balance import FORMS, LOOKALIKES, Balanced, Case, H
 from tests.models.numbers import run, wrong
@@ -86,6 +87,33 @@ def test_a_layer_in_double_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     module = Balanced(case).double()
     _check(module, outcome.compiled(module), _x(case, 7, torch.float64))
     assert outcome.statistics() == [""]
+
+
+ALONE = Case("alone", lambda m, z, ids: None, "")
+
+
+@pytest.mark.parametrize("case", [ALONE, *FORMS, *LOOKALIKES], ids=str)
+def test_a_router_is_summed_or_joined_with_its_experts(case: Case) -> None:
+    """In inference: never both; one that is summed stays by itself, one that is joined has no sums."""
+    module, x = Balanced(case), _x(case, 7)
+    graphs: list[fx.GraphModule] = []
+
+    def rewritten(gm: fx.GraphModule, _: object) -> fx.GraphModule:
+        context = Context()
+        for p in pipeline():
+            gm = p.run(gm, context)
+        graphs.append(gm)
+        return gm
+
+    torch._dynamo.reset()
+    _check(module, torch.compile(module, backend=rewritten), x, train=False)
+    names = [surgery.name_of(n) for gm in graphs for n in gm.graph.nodes if str(n.target).startswith("moe.")]
+    if case.expect or case.name == "under_no_grad":  # as everything is here
+        assert names == ["route_stats", "experts"]
+    elif case.name in ("alone", "of_scaled_logits"):  # no loss reads the ids
+        assert names == ["routed_experts"]
+    else:
+        assert names in (["route", "experts"], ["routed_experts"])
 
 
 @pytest.mark.parametrize("kernels", ("auto", "reference"))

@@ -1,4 +1,4 @@
-"""The whole backend on CPU tensors with the GPU's kernels: small models of transformers, forward, backward and router.
+"""The whole backend on CPU tensors with the GPU's kernels: small models of transformers and a layer with balancing losses.
 
 Run as tests/gpu/test_interpreted.py does.
 """
@@ -15,6 +15,9 @@ import torch
 from moecompile.codegen import gpu, target
 from moecompile.ir import ops
 from moecompile.runtime.dispatch import Dispatch
+from tests.models import outcome
+from tests.models.balance import Balanced, Case, H, as_transformers_writes_it, z_loss
+from tests.models.numbers import run, wrong
 
 transformers = pytest.importorskip("transformers")
 SIZES: dict[str, Any] = {
@@ -45,6 +48,14 @@ class Counting(gpu.GpuImplementation):
     def route(self, *args: Any) -> Any:
         self.calls["route"] += 1
         return super().route(*args)
+
+    def route_stats(self, *args: Any) -> Any:
+        self.calls["route_stats"] += 1
+        return super().route_stats(*args)
+
+    def route_bwd(self, *args: Any) -> Any:
+        self.calls["route_bwd"] += 1
+        return super().route_bwd(*args)
 
     def experts(self, *args: Any) -> Any:
         self.calls["experts"] += 1
@@ -97,3 +108,18 @@ def test_a_model_computes_and_learns_as_it_did(make: Any, kernels: Counting) -> 
     for g, w in zip(ours, plain, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-3, atol=1e-6 + 1e-4 * float(w.abs().max()))
     assert kernels.calls["experts_train"] == layers and kernels.calls["experts_bwd"] == layers
+
+
+def test_balancing_losses_cost_one_kernel_each_way(kernels: Counting) -> None:
+    """The sums of transformers' loss and of the z-loss, and their gradients, come from the router's kernels."""
+
+    def losses(m: Balanced, z: torch.Tensor, ids: torch.Tensor) -> object:
+        return as_transformers_writes_it(m, z, ids), z_loss(m, z, ids)
+
+    module = Balanced(Case("losses", losses, "choices, probabilities, squared logsumexp"))
+    x = torch.randn(7, H, generator=torch.Generator().manual_seed(0))
+    compiled = outcome.compiled(module, "inductor", "auto", fullgraph=True)
+    for train in (False, True):
+        assert not wrong(run(compiled, module, [x], train), run(module, module, [x], train))
+        assert outcome.statistics()[-1] == module.case.expect
+    assert kernels.calls == {"route_stats": 2, "route_bwd": 1, "experts": 1, "experts_train": 1, "experts_bwd": 1}
