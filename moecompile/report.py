@@ -111,9 +111,8 @@ def _lines(e: Entry) -> list[str]:
             f"    router fused: {r.score}{' + bias' if r.bias else ''}{groups}, top {r.top_k} of {r.num_experts} {steps}".rstrip()
         )
         if e.statistics or e.statistics_reason:
-            out.append(
-                f"    for balancing losses {'it sums ' + e.statistics if e.statistics else 'nothing more: ' + e.statistics_reason}"
-            )
+            sums = e.statistics or f"nothing: {e.statistics_reason}"
+            out.append(f"    for balancing losses it sums {sums}")
     else:
         out.append(f"    router left as it is: {e.router_reason or 'not asked for'}")
     gain = expected_gain(e)

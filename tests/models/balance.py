@@ -403,6 +403,14 @@ def bins_that_do_not_fit(m: Balanced, z: Tensor, ids: Tensor) -> object:
 
 
 @lookalike(PROBABILITIES)
+def a_view_made_before_they_were_counted(m: Balanced, z: Tensor, ids: Tensor) -> object:
+    flat, f = ids.flatten(), torch.zeros(E, dtype=torch.int64)
+    seen = f.view(2, -1)
+    f.scatter_add_(0, flat, torch.ones_like(flat))
+    return f.float(), seen, z.softmax(-1).mean(0)
+
+
+@lookalike(PROBABILITIES)
 def the_first_choice_alone(m: Balanced, z: Tensor, ids: Tensor) -> object:
     return F.one_hot(ids[:, 0], E).sum(0), z.softmax(-1).mean(0)
 
