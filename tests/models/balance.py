@@ -275,7 +275,10 @@ def rounded_before(m: Balanced, z: Tensor, ids: Tensor) -> object:
 
 @lookalike()
 def in_a_wider_dtype(m: Balanced, z: Tensor, ids: Tensor) -> object:
-    return z.double().softmax(-1).mean(0), z.softmax(-1).double().sum(0), z.logsumexp(-1).double().square().mean()
+    return (
+        *(z.double().softmax(-1).mean(0), z.double().softmax(-1).float().mean(0), z.softmax(-1).double().sum(0)),
+        *(z.logsumexp(-1).double().square().mean(), z.double().logsumexp(-1).square().float().mean()),
+    )
 
 
 @lookalike()
