@@ -131,6 +131,14 @@ def scattered_ones(m: Balanced, z: Tensor, ids: Tensor) -> object:
     return f, switch(f / z.shape[0], z.softmax(-1).mean(0))
 
 
+@form(BOTH)
+def zeros_read_before_they_count(m: Balanced, z: Tensor, ids: Tensor) -> object:
+    f, flat = torch.zeros(E, dtype=torch.int64), ids.flatten()
+    zeros = f + 0
+    f.scatter_add_(0, flat, torch.ones_like(flat))
+    return zeros, f.clone(), z.softmax(-1).mean(0)
+
+
 @form(BOTH, "sigmoid")
 def beside_a_sigmoid_router(m: Balanced, z: Tensor, ids: Tensor) -> object:
     return switch(F.one_hot(ids, E).sum((0, 1)) / z.shape[0], z.softmax(-1).mean(0))
@@ -278,6 +286,7 @@ def in_a_wider_dtype(m: Balanced, z: Tensor, ids: Tensor) -> object:
     return (
         *(z.double().softmax(-1).mean(0), z.double().softmax(-1).float().mean(0), z.softmax(-1).double().sum(0)),
         *(z.logsumexp(-1).double().square().mean(), z.double().logsumexp(-1).square().float().mean()),
+        z.softmax(-1).sum(0, dtype=torch.float64),
     )
 
 
@@ -425,4 +434,6 @@ def means_cut_off(m: Balanced, z: Tensor, ids: Tensor) -> object:
 
 @lookalike(PROBABILITIES)
 def choices_counted_in_half(m: Balanced, z: Tensor, ids: Tensor) -> object:
-    return F.one_hot(ids, E).to(BF16).mean((0, 1)), z.softmax(-1).mean(0)
+    ones = torch.ones(ids.numel(), dtype=BF16)
+    scattered = torch.zeros(E, dtype=BF16).scatter_add_(0, ids.flatten(), ones)
+    return F.one_hot(ids, E).to(BF16).mean((0, 1)), scattered, z.softmax(-1).mean(0)
