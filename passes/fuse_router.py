@@ -28,17 +28,9 @@ from moecompile.recognize.walk import Walk, walk
 @graph_pass("fuse-router", Phase.REWRITE, after=("fuse-experts",))
 def fuse_router(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     """The weights and ids of every moe.experts node come from moe.route, where the router's form is known."""
-    if context.router and any(True for _ in _experts(gm)):
+    if context.router and surgery.calls_of(gm, torch.ops.moe.experts.default):
         _fuse(gm, walk(gm), context)
     return gm
-
-
-def _experts(gm: fx.GraphModule) -> list[fx.Node]:
-    found = [n for n in gm.graph.nodes if n.target is torch.ops.moe.experts.default]
-    for child in gm.children():
-        if isinstance(child, fx.GraphModule):
-            found += _experts(child)
-    return found
 
 
 def _fuse(gm: fx.GraphModule, found: Walk, context: Context) -> None:

@@ -33,17 +33,9 @@ from moecompile.recognize.walk import Walk, tensors, walk
 @graph_pass("fuse-statistics", Phase.REWRITE, after=("fuse-router",))
 def fuse_statistics(gm: fx.GraphModule, context: Context) -> fx.GraphModule:
     """Every moe.route whose logits a balancing loss sums becomes moe.route_stats, where a kernel does that on the way."""
-    if any(_asked(n, context) for n in _routes(gm)):
+    if any(_asked(n, context) for n in surgery.calls_of(gm, torch.ops.moe.route.default)):
         _fuse(gm, walk(gm), context)
     return gm
-
-
-def _routes(gm: fx.GraphModule) -> list[fx.Node]:
-    found = [n for n in gm.graph.nodes if n.target is torch.ops.moe.route.default]
-    for child in gm.children():
-        if isinstance(child, fx.GraphModule):
-            found += _routes(child)
-    return found
 
 
 def _asked(route: fx.Node, context: Context) -> bool:

@@ -175,22 +175,19 @@ static void multiply_nt(const typename Arithmetic<E>::Row* const* rows, int64_t 
                         int64_t ldc, bool accumulate, char* scratch, const E* after) {
   constexpr int64_t block = nt_block<E>();
   // A CPU foresees one run of reads in a page: of shorter rows a tile takes every so many, each from a page of its own.
-  const int64_t every = (PAGE - 1) / std::max<int64_t>(b.n * (int64_t)sizeof(E), 1) + 1;
+  const int64_t apart = (PAGE - 1) / std::max<int64_t>(b.n * (int64_t)sizeof(E), 1) + 1;
   auto* panel = std::is_same<E, float>::value && m > NT_M ? (typename Arithmetic<E>::Packed*)scratch : nullptr;
   for (int64_t k = 0; k < K; k += block, accumulate = true) {
     const int64_t kb = std::min(block, K - k);
     int64_t j = 0;
     const E* p = b.p + k;
     const E* then = k + kb < K ? b.p + k + kb : after;
-    for (; j + every * N <= n; j += every * N, p += every * N * b.n)
-      for (int64_t i = 0; i < every; i++) {
-        const E* next = i + 1 < every ? p + (i + 1) * b.n : j + (every + 1) * N <= n ? p + every * N * b.n : then;
-        nt_rows<E, N>(rows, m, k, {p + i * b.n, every * b.n, every, next, panel}, kb, c + j + i, ldc, accumulate);
-      }
-    for (; j + N <= n; j += N, p += N * b.n) {
-      const E* next = j + 2 * N <= n ? p + N * b.n : then;
-      nt_rows<E, N>(rows, m, k, {p, b.n, 1, next, panel}, kb, c + j, ldc, accumulate);
-    }
+    for (const int64_t every : {apart, int64_t(1)})
+      for (; j + every * N <= n; j += every * N, p += every * N * b.n)
+        for (int64_t i = 0; i < every; i++) {
+          const E* next = i + 1 < every ? p + (i + 1) * b.n : j + (every + 1) * N <= n ? p + every * N * b.n : then;
+          nt_rows<E, N>(rows, m, k, {p + i * b.n, every * b.n, every, next, panel}, kb, c + j + i, ldc, accumulate);
+        }
     for (; j + 2 <= n; j += 2, p += 2 * b.n) nt_rows<E, 2>(rows, m, k, {p, b.n, 1, nullptr, nullptr}, kb, c + j, ldc, accumulate);
     if (j < n) nt_rows<E, 1>(rows, m, k, {p, b.n, 1, nullptr, nullptr}, kb, c + j, ldc, accumulate);
   }

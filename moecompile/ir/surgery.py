@@ -63,6 +63,15 @@ def name_of(n: fx.Node) -> str:
     return n.target if isinstance(n.target, str) else str(getattr(n.target, "__name__", n.target)).partition(".")[0]
 
 
+def calls_of(gm: fx.GraphModule, target: Any) -> list[fx.Node]:
+    """The nodes that call target, in this graph and its children."""
+    found = [n for n in gm.graph.nodes if n.target is target]
+    for child in gm.children():
+        if isinstance(child, fx.GraphModule):
+            found += calls_of(child, target)
+    return found
+
+
 def slice_of(end: fx.Node, inputs: set[fx.Node], writers: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     """The nodes that compute `end` from `inputs`: through arguments, and through the in-place nodes that wrote them."""
     found: set[fx.Node] = set()

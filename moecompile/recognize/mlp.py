@@ -56,7 +56,7 @@ def _stacked(each: list[Stack]) -> Stack | Stacks:
     need(all(s.e is None for s in each), "a loop over experts multiplies by all experts' weights at once")
     if all(s.ref is a.ref for s in each):
         step = each[1].offset - a.offset if len(each) > 1 else math.prod(a.shape)
-        regular = all(s.offset == a.offset + i * step for i, s in enumerate(each)) and (step >= 0 or len(each) == 1)
+        regular = step >= 0 and all(s.offset == a.offset + i * step for i, s in enumerate(each))
         need(regular, "expert e of the loop does not use the e-th weights")
         return dataclasses.replace(a, e=step, experts=len(each))
     need(len({id(s.ref) for s in each}) == len(each), "two experts share their weights")

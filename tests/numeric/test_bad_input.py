@@ -221,6 +221,17 @@ def test_unusual_memory(form: str, layout: str, dtype: torch.dtype) -> None:
     assert outcome.layers()
 
 
+@pytest.mark.parametrize("form", ["batched", "loop_where", "loop_tuple"])
+def test_experts_that_share_one_weight(form: str) -> None:
+    """In inference they are a stack of stride 0; in training their gradients would have to be added up."""
+    recipe = _recipe(form, layout="expanded", bias=True)
+    module = recipe.make()
+    _agrees(module, recipe.inputs(module), train=False)
+    assert outcome.fused()
+    _agrees(module, recipe.inputs(module), train=True)
+    assert all("share weights" in found.reason for found in outcome.layers())
+
+
 @pytest.mark.parametrize("form", ["batched", "loop_where", "grouped"])
 def test_inputs_in_unusual_memory(form: str) -> None:
     """x transposed, expanded and sliced in memory."""
